@@ -1,0 +1,234 @@
+"""Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/.
+
+PCL v2 on ImageNet, one node with eight GPUs (PCL v1: without --mlp --aug-plus --cos):
+
+    python main_pcl.py DIR -a resnet50 --lr 0.03 --batch-size 256 --temperature 0.2 --mlp --aug-plus --cos --exp-dir pcl_v2
+
+The cheapest run, a few minutes on two CPU cores after `make demo` has written its images to demo/images:
+
+    python main_pcl.py demo/images -a shufflenet_v2_x0_5 --image-size 32 --epochs 4 --warmup-epoch 2 -b 64 --pcl-r 1024 \\
+        --num-cluster 20,50,100 --mlp --aug-plus --cos --exp-dir first_run
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from pcl import checkpoint, cli
+from pcl.builder import MoCo, extract_features
+from pcl.clustering import Clustering, cluster_all
+from pcl.distributed import get_rank, get_world_size, is_main, launch, local_processes, seed_everything, shared_map
+from pcl.loader import EpochSampler, IndexedFolder, TwoViews, center_view, make_loader, random_view, share_of_rank
+from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
+from pcl.losses import instance_logits, prototype_loss
+from pcl.metrics import topk_accuracy
+
+
+def get_parser() -> cli.Parser:
+    """The command line."""
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/*.jpg")
+    cli.add_training_arguments(
+        parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
+    )
+    cli.add_launch_arguments(parser)
+    model = parser.add_argument_group("model and loss")
+    model.add_argument("--low-dim", type=cli.positive, default=128, metavar="C", help="size of the feature")
+    model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
+                       help="length of the queue and number of negatives, at least a batch")
+    model.add_argument("--moco-m", type=cli.fraction, default=0.999, metavar="M",
+                       help="momentum of the key encoder; short runs need a smaller one, such as 0.99")
+    model.add_argument("--temperature", type=cli.positive_float, default=0.2, metavar="T",
+                       help="of InfoNCE, and the mean concentration of the prototypes")
+    model.add_argument("--mlp", action="store_true", help="a hidden layer in the head (v2)")
+    model.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation (v2)")
+    model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
+    model.add_argument("--image-size", type=cli.positive, default=224, metavar="PIXELS",
+                       help="side of a view; the E-step's center crop comes from 8/7 of it")
+    em = parser.add_argument_group("expectation-maximisation")
+    em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,..",
+                    help="clusters of each granularity; for N images of your own try N/200,N/80,N/40")
+    em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
+                    help="epochs of InfoNCE alone before the first E-step")
+    files = parser.add_argument_group("files")
+    files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR", help="checkpoints and log.jsonl")
+    files.add_argument("--save-freq", type=cli.positive, default=5, metavar="N",
+                       help="epochs between two checkpoints; the last epoch is always saved")
+    # fmt: on
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    check(parser, args)
+    launch(train, args)
+
+
+def check(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
+    cli.check_launch(parser, args)
+    cli.check_batch(parser, args)
+    num_images = len(cli.open_folder(parser, args.data, "train"))
+    batch = cli.global_batch(args)
+    if num_images < batch:
+        parser.error(f"--batch-size: {batch} images in a step, but {args.data / 'train'} holds {num_images}; lower it")
+    if args.pcl_r < batch:
+        parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
+    if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
+        parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
+    if args.cos and args.schedule is not parser.get_default("schedule"):
+        parser.error("--cos and --schedule exclude each other; leave one out")
+    if args.resume:
+        try:
+            with torch.device("meta"):
+                model = make_model(args)
+            state = checkpoint.load_for_resume(args.resume, model, args.arch, map_location="meta")
+        except checkpoint.CheckpointError as error:
+            parser.error(f"--resume: {error}")
+        if state["epoch"] >= args.epochs:
+            parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
+        args.seed = state.get("seed") if args.seed is None else args.seed
+    elif args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
+        parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
+    if args.exp_dir.exists() and not args.exp_dir.is_dir():
+        parser.error(f"--exp-dir {args.exp_dir} is a file; name a folder")
+
+
+def train(device: torch.device, args: argparse.Namespace) -> None:
+    """The EM loop, in each process of the group."""
+    record = RunLog(args.exp_dir, vars(args))
+    train_set = IndexedFolder(args.data / "train", TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
+    center_set = IndexedFolder(args.data / "train", center_view(args.image_size))
+    nproc = local_processes(args)
+    batch, workers = args.batch_size // nproc, -(-args.workers // nproc)
+    sampler = EpochSampler(train_set, args.seed)
+    train_loader = make_loader(train_set, sampler, batch, workers, drop_last=True)
+    # No gradients are kept in the E-step, so that five times the images fit.
+    center_loader = make_loader(center_set, share_of_rank(len(center_set)), 5 * batch, workers)
+
+    model = make_model(args).to(device)
+    parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = torch.optim.SGD(parallel.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
+    if args.resume:
+        state = checkpoint.load_for_resume(args.resume, model, args.arch, device)
+        parallel.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        args.start_epoch = state["epoch"]
+    introduce(args, len(train_set), len(train_set.classes), len(train_loader), device)
+
+    for epoch in range(args.start_epoch, args.epochs):
+        seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
+        sampler.set_epoch(epoch)
+        clusterings = e_step(model, center_loader, epoch, args, record) if epoch >= args.warmup_epoch else []
+        m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
+        if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
+            save(parallel, optimizer, epoch, args)
+
+
+def e_step(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, record: RunLog) -> list[Clustering]:
+    """Cluster the momentum features of every training image at each granularity."""
+    start = time.monotonic()
+    model.eval()
+    model.share_statistics()
+    num_images = len(loader.dataset)
+    label = f"E-step {epoch + 1}/{args.epochs}"
+    features = extract_features(model, track(loader, label, len(loader)), num_images, model.queue.device)  # (N, C)
+    between = time.monotonic()
+    clusterings = cluster_all(features, args.num_cluster, args.temperature, share=shared_map)
+    seconds = {"features_seconds": between - start, "kmeans_seconds": time.monotonic() - between}
+    record.write(epoch=epoch, **seconds)
+    log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
+    return clusterings
+
+
+def m_step(
+    model: DistributedDataParallel,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    clusterings: list[Clustering],
+    epoch: int,
+    args: argparse.Namespace,
+    record: RunLog,
+) -> None:
+    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up."""
+    lr = cli.learning_rate(args, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    model.train()
+    device = model.module.queue.device
+    meters = Meters()
+    progress = StepProgress(
+        f"epoch {epoch + 1}/{args.epochs}", len(loader), cli.global_batch(args), args.print_freq, record, epoch
+    )
+    for step, ((im_q, im_k), index) in enumerate(loader, start=1):
+        im_q, im_k, index = (t.to(device, non_blocking=True) for t in (im_q, im_k, index))
+        q, k, queue = model(im_q, im_k)
+        logits, target = instance_logits(q, k, queue, args.temperature)
+        loss_instance = F.cross_entropy(logits, target)
+        figures = {"loss_instance": loss_instance, "acc_instance": topk_accuracy(logits, target)}
+        loss = loss_instance
+        if clusterings:
+            loss_prototype, acc_prototype = prototype_loss(q, index, clusterings, args.pcl_r)
+            figures |= {"loss_prototype": loss_prototype, "acc_prototype": acc_prototype}
+            loss = loss_instance + loss_prototype
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        meters.add(loss=loss, **figures)
+        progress.step(step, meters)
+    progress.close(meters, lr=lr)
+
+
+def make_model(args: argparse.Namespace) -> MoCo:
+    """The model that the options describe, with random weights."""
+    encoder = torchvision.models.get_model_builder(args.arch)
+    return MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
+
+
+def save(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
+    """Write the checkpoint of a finished epoch, in the published form with what a resumed run needs besides."""
+    if not is_main():
+        return
+    state = {
+        "epoch": epoch + 1,  # as published: the epoch to go on with
+        "arch": args.arch,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "seed": args.seed,
+        "args": {name: str(value) for name, value in vars(args).items()},
+    }
+    checkpoint.save(args.exp_dir / f"checkpoint_{epoch:04d}.pth.tar", state)
+
+
+def introduce(args: argparse.Namespace, num_images: int, num_classes: int, steps: int, device: torch.device) -> None:
+    """Say on what, with what and how long this run will train."""
+    backend = "gloo" if device.type == "cpu" else args.dist_backend
+    world = get_world_size()
+    log(f"machine: {describe_machine()}, talking by {backend}")
+    log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
+    log(f"data: {num_images} images in {num_classes} folders of {args.data / 'train'}, at {args.image_size} pixels")
+    batch = cli.global_batch(args)
+    log(f"batch: {batch} images, {batch // world} in each of {world} processes; {steps} steps an epoch; seed {args.seed}")
+    if args.warmup_epoch >= args.epochs:
+        log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
+    else:
+        for k in args.num_cluster:
+            few = "; fewer than 10 images in each: prototypes of so few say little" if num_images < 10 * k else ""
+            log(f"clusters: {k} of {num_images / k:.0f} images, {min(args.pcl_r, k - 1)} negatives at most{few}")
+    log(f"epochs: {args.start_epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Prototypical Contrastive Learning (Li, Zhou, Xiong, Hoi; ICLR 2021): the parts of which the scripts are made.
+
+`pcl.clustering` (k-means, concentration) and `pcl.losses` (InfoNCE, ProtoNCE) work on plain tensors of any origin.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,120 @@
+"""The model: a query encoder, its momentum copy, and a queue of keys (MoCo; PCL, section 3.1).
+
+Letters: N images, B batch of this rank, W ranks, C features, r length of the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcl.distributed import broadcast, gather, gather_interleaved, get_rank, get_world_size
+
+
+class MoCo(nn.Module):
+    """Momentum contrast encoder with a queue.
+
+    Args:
+        base_encoder: `base_encoder(num_classes=dim)` gives a network whose head is `fc`, as torchvision's ResNets.
+        dim: C, the size of a feature.
+        r: length of the queue, which is also the number of negatives.
+        m: momentum of the key encoder.
+        mlp: a hidden layer in the head, as in MoCo v2.
+    """
+
+    queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(
+        self, base_encoder: Callable[..., nn.Module], dim: int = 128, r: int = 16384, m: float = 0.999, mlp: bool = False
+    ) -> None:
+        super().__init__()
+        self.r, self.m = r, m
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
+        if mlp:
+            for encoder in (self.encoder_q, self.encoder_k):
+                head: nn.Linear = encoder.fc  # type: ignore[assignment]
+                hidden = nn.Linear(head.in_features, head.in_features)
+                encoder.fc = nn.Sequential(hidden, nn.ReLU(), head)
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(dim, r), dim=0))  # (C, r)
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q: Tensor, im_k: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """A training step's features, or the E-step's.
+
+        Args:
+            im_q, im_k: (B, 3, H, W) two views of the same images; B is the same on every rank.
+
+        Returns:
+            q (B, C), k (B, C) of unit length and queue (C, r) as it was before these keys entered; with `im_q` alone,
+            (B, C) unit-length features of the key encoder.
+        """
+        if im_k is None:
+            with torch.no_grad():
+                return F.normalize(self.encoder_k(im_q), dim=1)
+        q = F.normalize(self.encoder_q(im_q), dim=1)  # (B, C)
+        self._update_key_encoder()
+        all_k = self._encode_keys(im_k)  # (W * B, C)
+        queue = self.queue.clone()
+        self._enqueue(all_k)
+        start = get_rank() * len(q)
+        return q, all_k[start : start + len(q)], queue
+
+    @torch.no_grad()
+    def _update_key_encoder(self) -> None:
+        """Move the key encoder's weights a step towards the query encoder's; its BatchNorm statistics are its own."""
+        for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
+            key.mul_(self.m).add_(query * (1 - self.m))
+
+    @torch.no_grad()
+    def _encode_keys(self, im_k: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (W * B, C): the keys of all ranks in the order of the ranks.
+
+        Shuffling BatchNorm (MoCo, section 3.3): each rank encodes a random share of the global batch, so that a key's
+        batch statistics do not give away which queries it belongs to.
+        """
+        images = gather(im_k)  # (W * B, 3, H, W)
+        order = broadcast(torch.randperm(len(images), device=images.device))
+        mine = order.view(get_world_size(), -1)[get_rank()]  # (B,)
+        shuffled = gather(F.normalize(self.encoder_k(images[mine]), dim=1))  # (W * B, C)
+        return shuffled[order.argsort()]
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor) -> None:
+        """Write (W * B, C) keys over the oldest ones, around the end of the queue if they must; the host never waits."""
+        place = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.r
+        self.queue.index_copy_(1, place, keys.T.to(self.queue.dtype))
+        self.queue_ptr.add_(len(keys)).remainder_(self.r)
+
+    @torch.no_grad()
+    def share_statistics(self) -> None:
+        """Give every rank rank 0's buffers, so that all encode alike in the E-step, as published."""
+        if dist.is_initialized():
+            for buffer in self.buffers():
+                broadcast(buffer)
+
+
+@torch.no_grad()
+def extract_features(
+    network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device
+) -> Tensor:
+    """Features of a whole data set, each image passed through the network once, the ranks sharing the work.
+
+    Args:
+        network: (B, 3, H, W) -> (B, C), in eval mode.
+        loader: batches of this rank's images (`pcl.loader.share_of_rank`) and their indices.
+        num_images: N, on all ranks together.
+        device: where the network is.
+
+    Returns:
+        (N, C) float32 on `device`, in the order of the data set, the same on every rank.
+    """
+    features = [network(images.to(device, non_blocking=True)).float() for images, _ in loader]
+    return gather_interleaved(torch.cat(features), num_images)

@@ -1,0 +1,135 @@
+"""Checkpoints: written whole or not at all, opened without running code, loaded with exact keys."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of something else; the message names it and what is wrong."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path` such that, whenever the machine stops, the old file or the new one is there, whole."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The dictionary in a checkpoint; nothing in the file is run.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint that opens with `weights_only=True`.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises errors of many kinds for a damaged or unsafe file
+        raise CheckpointError(f"{path} is not a checkpoint that can be opened safely: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint")
+    return state
+
+
+def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """A pre-training checkpoint, checked against the model that is to go on from it.
+
+    Args:
+        path: the file.
+        model: as it will be trained (on any device, "meta" too), without DistributedDataParallel around it.
+        arch: its architecture's name.
+        map_location: where the tensors go; "meta" reads shapes alone.
+
+    Raises:
+        CheckpointError: also where architecture, keys or shapes differ.
+    """
+    state = load(path, map_location)
+    missing = [name for name in ("epoch", "arch", "state_dict", "optimizer") if name not in state]
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of a run to resume: it has no {', '.join(missing)}")
+    if state["arch"] != arch:
+        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
+    have = {name: value.shape for name, value in state["state_dict"].items()}
+    want = {f"module.{name}": value.shape for name, value in model.state_dict().items()}
+    wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"{path} does not fit the options (--mlp, --low-dim, --pcl-r?): {len(wrong)} entries differ, the first "
+            f"{first}: {_size(have.get(first))} in the file, {_size(want.get(first))} in the model"
+        )
+    return state
+
+
+def load_backbone(path: str | Path, arch: str | None = None) -> nn.Module:
+    """The query encoder of a checkpoint as a torchvision network without its head (`fc` is the identity), in eval mode.
+
+    Args:
+        path: a checkpoint of this project or the published one, its keys with or without `module.`, with the v1 or the
+            v2 head; or a torchvision state dict.
+        arch: its architecture; by default the one that the file names.
+
+    Raises:
+        CheckpointError: also where a key of the backbone is missing or left over: never random weights.
+    """
+    state = load(path)
+    arch = arch or state.get("arch")
+    if arch not in architectures():
+        raise CheckpointError(f"{path}: architecture {arch} is not one of those offered; name it with --arch")
+    weights = state.get("state_dict", state)
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if any(name.startswith("encoder_q.") for name in weights):
+        weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
+    weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    network = backbone(arch)
+    expected = network.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - expected.keys())
+    shapes = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{path} does not fit {arch}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            f"of another shape {_some(shapes)}"
+        )
+    network.load_state_dict(weights)
+    return network
+
+
+def backbone(arch: str) -> nn.Module:
+    """A torchvision network of random weights without its head (`fc` is the identity), in eval mode."""
+    network = torchvision.models.get_model(arch, weights=None)
+    network.fc = nn.Identity()
+    return network.eval()
+
+
+def architectures() -> list[str]:
+    """Names of torchvision's classifiers whose only head is a linear layer called `fc`."""
+    families = ("regnet", "resnet", "resnext", "shufflenet", "wide_resnet")
+    return [name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(families)]
+
+
+def _size(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(tuple(shape))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"

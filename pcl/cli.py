@@ -1,0 +1,171 @@
+"""Options and checks that the scripts share. A check that fails is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from pcl.checkpoint import architectures
+from pcl.distributed import available_cores, launched_outside, local_processes, total_processes
+from pcl.loader import IndexedFolder
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints defaults in the help, and an error as one line without the usage."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_training_arguments(
+    parser: Parser, *, epochs: int, batch_size: int, lr: float, schedule: Sequence[int], wd: float, print_freq: int
+) -> None:
+    """The options of any run of SGD, with this script's defaults."""
+    # fmt: off
+    group = parser.add_argument_group("training")
+    group.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=architectures(),
+                       help="a torchvision classifier with an fc head: resnet18, resnet50, wide_resnet50_2, ..")
+    group.add_argument("-j", "--workers", type=natural, default=available_cores(), metavar="N",
+                       help="loader processes, a total over this node's processes; 0 loads in those themselves")
+    group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
+    group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
+    group.add_argument("-b", "--batch-size", type=positive, default=batch_size, metavar="N",
+                       help="images in a step, a total over this node's training processes")
+    group.add_argument("--lr", type=positive_float, default=lr, metavar="LR", help="first learning rate")
+    group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
+                       help="epochs at which the learning rate falls to a tenth")
+    group.add_argument("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD")
+    group.add_argument(
+        "--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD", help="weight decay"
+    )
+    group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
+    group.add_argument("--resume", default="", metavar="PATH", help="go on from this checkpoint")
+    # fmt: on
+
+
+def add_launch_arguments(parser: Parser) -> None:
+    """The options that say which processes, on which machines, train together."""
+    # fmt: off
+    group = parser.add_argument_group("processes")
+    group.add_argument("--nproc", type=positive, metavar="N",
+                       help="training processes on this machine; by default one for each GPU, or one on the CPU")
+    group.add_argument("--gpu", type=natural, metavar="N", help="train on this GPU alone")
+    group.add_argument("--world-size", type=positive, default=1, metavar="N", help="number of nodes (machines)")
+    group.add_argument("--rank", type=natural, default=0, metavar="N", help="number of this node, from 0")
+    group.add_argument("--dist-url", metavar="URL",
+                       help="tcp://HOST:PORT of node 0, the same on every node; one node finds a free port")
+    group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
+    group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
+    group.add_argument("--seed", type=natural, metavar="N",
+                       help="base of the random seeds, drawn if not given: process r takes seed + r")
+    # fmt: on
+
+
+def check_launch(parser: Parser, args: argparse.Namespace) -> None:
+    """Stop on options that name processes or machines that cannot be."""
+    gpus = torch.cuda.device_count()
+    if args.gpu is not None and args.gpu >= gpus:
+        parser.error(f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is")
+    if args.gpu is not None and (args.nproc or 1) > 1:
+        parser.error(f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}")
+    if not launched_outside():
+        if gpus and local_processes(args) > gpus:
+            parser.error(
+                f"--nproc {args.nproc}: {gpus} GPUs here; lower it, or hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"
+            )
+        if args.rank >= args.world_size:
+            parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
+        if args.world_size > 1 and not args.dist_url:
+            parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
+        if args.dist_url and not args.dist_url.startswith(("tcp://", "file://")):
+            parser.error(f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0")
+
+
+def check_batch(parser: Parser, args: argparse.Namespace) -> None:
+    """Stop unless this node's processes divide its batch evenly."""
+    nproc = local_processes(args)
+    if args.batch_size % nproc:
+        lower = max(args.batch_size - args.batch_size % nproc, nproc)
+        parser.error(f"--batch-size {args.batch_size}: the {nproc} processes of this node do not divide it; try {lower}")
+
+
+def open_folder(parser: Parser, data: Path, split: str) -> IndexedFolder:
+    """The images of data/split/<class>/, without a transform; stops if there are none."""
+    if not data.is_dir():
+        parser.error(f"DIR {data}: no such folder")
+    if not (data / split).is_dir():
+        parser.error(f"DIR {data}: it has no folder {split}/; the images belong into {data / split}/<class>/")
+    try:
+        return IndexedFolder(data / split, lambda image: image)
+    except FileNotFoundError as error:
+        parser.error(f"DIR {data}: {error}")
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images in a step over all ranks."""
+    return args.batch_size // local_processes(args) * total_processes(args)
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Of a whole epoch (from 0): a cosine from `lr` to 0 with `cos`, else `lr` with a tenth at each of `schedule`."""
+    if getattr(args, "cos", False):
+        return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def integers(text: str) -> list[int]:
+    """ "3,4" -> [3, 4], each positive and given once."""
+    values = [positive(part) for part in text.split(",")]
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
+    return values
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def nonnegative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, kind: type, holds, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value

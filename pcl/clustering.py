@@ -1,0 +1,186 @@
+"""The E-step on plain features: k-means by faiss, and the concentration of each cluster (PCL, sections 3.2 and 3.3).
+
+    from pcl.clustering import cluster
+    clustering = cluster(features, num_cluster=100, temperature=0.2)  # features (N, C) float32, of any origin
+
+Letters: N images (or whatever the rows stand for), C features, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESTARTS = 5  # published setting (faiss: nredo)
+ITERATIONS = 20  # published setting (faiss: niter)
+MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
+RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """One granularity of the E-step; the published code's `im2cluster`, `centroids` and `density`."""
+
+    im2cluster: Tensor  # (N,) int64, the cluster of each image
+    prototypes: Tensor  # (K, C) float32, unit length
+    concentration: Tensor  # (K,) float32, the temperature of each prototype: positive, finite
+
+    @cached_property
+    def num_used(self) -> int:
+        """1 + the largest cluster id that an image has: negatives are drawn from the prototypes below it, as published."""
+        return int(self.im2cluster.max()) + 1
+
+    def to(self, device: torch.device | str) -> Clustering:
+        """The same clustering on `device`."""
+        return Clustering(self.im2cluster.to(device), self.prototypes.to(device), self.concentration.to(device))
+
+
+def concentration(
+    distance: Tensor | np.ndarray,
+    im2cluster: Tensor | np.ndarray,
+    num_cluster: int,
+    temperature: float,
+    alpha: float = 10,
+) -> Tensor:
+    """Concentration phi of each cluster: small where the images lie close to their centroid (PCL, equation 12).
+
+    Args:
+        distance: (N,) float, L2 (not squared) distance of each image to the centroid of its cluster.
+        im2cluster: (N,) integer, the cluster of each image, 0..K-1.
+        num_cluster: K.
+        temperature: the mean of the result.
+        alpha: smoothing, so that small clusters do not get a large phi.
+
+    Returns:
+        (K,), of `distance`'s dtype: positive and finite, whatever the clusters hold.
+
+    Clusters of at most one image take the largest phi; then all are clipped to their 10th and 90th percentile.
+    """
+    distance, im2cluster = torch.as_tensor(distance), torch.as_tensor(im2cluster).long()
+    size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
+    spread = torch.bincount(im2cluster, weights=distance.double(), minlength=num_cluster)  # (K,)
+    phi = spread / size.clamp(min=1) / torch.log(size + alpha)
+    phi[size <= 1] = phi[size > 1].max() if (size > 1).any() else 1.0  # a lone image tells nothing of its cluster's spread
+    # The published order: percentiles first, then the mean of the clipped values.
+    low, high = np.percentile(phi.cpu().numpy(), [10, 90])
+    phi = phi.clamp(low, high)
+    # More than a tenth of the clusters made of identical images: phi would be 0 and the loss not a number.
+    positive = phi[phi > 0]
+    phi = phi.clamp(min=float(positive.min())) if len(positive) else torch.ones_like(phi)
+    return (temperature * phi / phi.mean()).to(distance.dtype)
+
+
+def kmeans(
+    features: np.ndarray, num_cluster: int, seed: int, restart: int = 0, device: torch.device | None = None
+) -> tuple[float, np.ndarray]:
+    """One restart of faiss's k-means, the same to the bit as restart number `restart` inside a faiss run with several.
+
+    Args:
+        features: (N, C) float32, N >= K.
+        num_cluster: K.
+        seed: seed of the whole run (all its restarts).
+        restart: 0..RESTARTS-1.
+        device: a CUDA device clusters there if this faiss can; anything else on the CPU.
+
+    Returns:
+        the objective (sum of squared distances, lower is better) and the raw centroids (K, C), float32.
+    """
+    num_images, dim = features.shape
+    if num_images > MAX_POINTS * num_cluster:  # faiss's restarts share one subsample, drawn with the run's seed
+        order = np.empty(num_images, np.int32)
+        faiss.rand_perm(faiss.swig_ptr(order), num_images, seed)
+        features = features[order[: MAX_POINTS * num_cluster]]
+    run = faiss.Clustering(dim, num_cluster)
+    run.niter, run.nredo, run.max_points_per_centroid = ITERATIONS, 1, MAX_POINTS
+    run.min_points_per_centroid = 1  # the published 10 only prints a warning, at every restart
+    run.seed = seed + restart * RESTART_SEED_STEP
+    run.train(np.ascontiguousarray(features), _flat_index(dim, device))
+    steps = run.iteration_stats.size()
+    objective = run.iteration_stats.at(steps - 1).obj if steps else 0.0  # no iteration where K = N
+    return objective, faiss.vector_to_array(run.centroids).reshape(num_cluster, dim)
+
+
+def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None) -> Clustering:
+    """Assign each image to its nearest raw centroid; measure the clusters.
+
+    Args:
+        features: (N, C) float32.
+        centroids: (K, C) float32, as k-means left them.
+        temperature: mean concentration.
+        device: as for `kmeans`.
+
+    Returns:
+        the clustering, on the CPU.
+    """
+    index = _flat_index(features.shape[1], device)
+    index.add(centroids)
+    squared, im2cluster = (torch.from_numpy(found[:, 0]) for found in index.search(features, 1))  # (N,), (N,)
+    # As published, distances are to the centroids before they are put on the sphere.
+    phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
+    return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
+
+
+def one_by_one(function: Callable[[Any], Any], jobs: Sequence[Any], cost: Sequence[float]) -> list[Any]:
+    """Every job in this process; the stand-in for `pcl.distributed.shared_map`."""
+    return [function(job) for job in jobs]
+
+
+def cluster_all(
+    features: Tensor,
+    num_clusters: Sequence[int],
+    temperature: float,
+    seeds: Sequence[int] | None = None,
+    share: Callable[[Callable, Sequence, Sequence[float]], list] = one_by_one,
+) -> list[Clustering]:
+    """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
+
+    Args:
+        features: (N, C) float, unit length for PCL. On a CUDA device, faiss clusters there if it can.
+        num_clusters: K of each granularity, each at most N.
+        temperature: mean concentration of each granularity.
+        seeds: of each granularity; as published, its position in the list.
+        share: `share(function, jobs, cost)` gives the list of function(job); `pcl.distributed.shared_map` spreads the
+            jobs over the ranks, with the same result.
+
+    Returns:
+        a clustering for each granularity, on the device of `features`.
+
+    Raises:
+        ValueError: more clusters than images.
+        RuntimeError: features that are not finite (from faiss).
+    """
+    if max(num_clusters) > len(features):
+        raise ValueError(f"{max(num_clusters)} clusters of {len(features)} images: ask for at most as many as there are")
+    seeds = range(len(num_clusters)) if seeds is None else seeds
+    device, points = features.device, features.detach().float().cpu().contiguous().numpy()
+
+    jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    runs = share(lambda job: kmeans(points, job[0], job[1], job[2], device), jobs, [k for k, _, _ in jobs])
+    best = [
+        min(runs[at : at + RESTARTS], key=lambda run: run[0])[1]  # of equal ones the first, as in faiss
+        for at in range(0, len(runs), RESTARTS)
+    ]
+    described = share(lambda centroids: describe(points, centroids, temperature, device), best, num_clusters)
+    return [clustering.to(device) for clustering in described]
+
+
+def cluster(features: Tensor, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
+    """`cluster_all` for a single granularity."""
+    return cluster_all(features, [num_cluster], temperature, [seed])[0]
+
+
+def _flat_index(dim: int, device: torch.device | None) -> Any:
+    faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
+    if device is None or device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
+        return faiss.IndexFlatL2(dim)
+    config = faiss.GpuIndexFlatConfig()
+    config.device = device.index or 0
+    return faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim, config)

@@ -1,0 +1,155 @@
+"""Images: an indexed folder, the two random views of training, the center crop of the E-step.
+
+What is drawn at random for an image depends on the seed, the epoch and the image's index alone, so that a run does not
+depend on the number of loader workers and an epoch can be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from pcl.distributed import derive_seed, get_rank, get_world_size
+
+normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # of ImageNet
+
+
+class UnreadableImageError(OSError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+class IndexedFolder(Dataset):
+    """Images of `root/<class>/..`, in torchvision's order, each with its index.
+
+    Args:
+        root: the folder.
+        transform: from a PIL image (RGB) to what is returned.
+        seed: of what the transform draws.
+
+    `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` those of epoch 0.
+
+    Raises:
+        FileNotFoundError: no folder, or no class folders with images in it.
+        UnreadableImageError: on reading an image.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
+        found = ImageFolder(root)
+        self.classes = found.classes
+        self.labels = np.array(found.targets)  # (N,)
+        # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
+        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])  # (N,) bytes
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with random_numbers_of(self.seed, epoch, index):
+            return self.transform(read_image(os.fsdecode(self._paths[index]))), index
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image as RGB; UnreadableImageError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, the same remedy for all
+        raise UnreadableImageError(f"cannot read the image {path}: {error}") from error
+
+
+@contextmanager
+def random_numbers_of(*key: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts from `key`; outside, nothing has happened.
+
+    Only the CPU's: with no loader workers this runs in the training process, whose GPU generator must go on undisturbed.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(derive_seed(*key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class TwoViews:
+    """Two random views of an image: the query's and the key's."""
+
+    def __init__(self, view: Callable[[Image.Image], Tensor]) -> None:
+        self.view = view
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        return self.view(image), self.view(image)
+
+
+class GaussianBlur:
+    """Pillow's Gaussian blur of a radius drawn from 0.1 to 2 pixels, as published (torchvision's differs in the pixels)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
+
+
+def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
+    """A random view, (3, size, size): MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
+    if aug_plus:
+        color = [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([GaussianBlur()], p=0.5),
+        ]
+    else:
+        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
+    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
+
+
+def center_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size)."""
+    crop = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size)]
+    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
+
+
+class EpochSampler(DistributedSampler):
+    """This rank's share of an epoch's permutation, as (epoch, index), so that workers that live on know the epoch.
+
+    Where the ranks do not divide the images, the last few sit the epoch out rather than count twice.
+    """
+
+    def __init__(self, dataset: IndexedFolder, seed: int) -> None:
+        super().__init__(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed, drop_last=True)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+def share_of_rank(num_images: int) -> range:
+    """Images rank, rank + W, ..: each exactly once over the ranks."""
+    return range(get_rank(), num_images, get_world_size())
+
+
+def make_loader(
+    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False
+) -> DataLoader:
+    """A DataLoader that draws nothing from the process's random generators."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )

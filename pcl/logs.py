@@ -1,0 +1,140 @@
+"""What a run tells: meters, a progress bar or lines, and EXP_DIR/log.jsonl with a JSON line for each record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pcl.distributed import available_cores, get_world_size, is_main, mean_over_ranks
+
+
+def log(message: str) -> None:
+    """Print from the main process only, beside a progress bar if there is one."""
+    if is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Meters:
+    """Running means; kept where the figures are, so that adding to them does not make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, **figures: Tensor) -> None:
+        """Add a scalar for each name, the same names at each step."""
+        for name, figure in figures.items():
+            figure = figure.detach().double()
+            self.sums[name] = self.sums[name] + figure if name in self.sums else figure
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure since the start (waits for the device once)."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps).tolist(), strict=True))
+
+    def means_over_ranks(self) -> dict[str, float]:
+        """The same over all ranks; every rank must call it."""
+        means = self.means()
+        return dict(zip(means, mean_over_ranks(list(means.values())), strict=True))
+
+
+class RunLog:
+    """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and arguments."""
+
+    def __init__(self, folder: Path, args: dict[str, Any]) -> None:
+        self.path = folder / "log.jsonl"
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+        self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
+
+    def write(self, **record: Any) -> None:
+        """Append one record, with the time (seconds since 1970)."""
+        if is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
+
+
+def track(batches: Iterable, label: str, total: int) -> Iterator:
+    """The batches, behind a bar on the main process's terminal."""
+    return iter(tqdm(batches, label, total, leave=False, disable=None if is_main() else True))
+
+
+class StepProgress:
+    """Progress over the steps of an epoch: a bar on a terminal, elsewhere a line every `print_freq` steps.
+
+    Args:
+        label: in front of each line, such as "epoch 3/200".
+        steps: in the epoch.
+        images: in a step, over all ranks.
+        print_freq: steps between two lines, and between two records.
+        record: takes each record that is due.
+    """
+
+    def __init__(self, label: str, steps: int, images: int, print_freq: int, record: RunLog, epoch: int) -> None:
+        self.label, self.steps, self.images, self.print_freq = label, steps, images, print_freq
+        self.record, self.epoch = record, epoch
+        self.bar = tqdm(total=steps, desc=label, leave=False, disable=None if is_main() else True)
+        self.start = time.monotonic()
+        self.shown = self.start
+
+    def step(self, done: int, meters: Meters) -> None:
+        """Tell of `done` steps, if it is time to."""
+        self.bar.update()
+        if not is_main():
+            return
+        now, due = time.monotonic(), done % self.print_freq == 0
+        if not due and (self.bar.disable or now - self.shown < 1):
+            return
+        self.shown, means, rate = now, meters.means(), done * self.images / (now - self.start)
+        self.bar.set_postfix_str(f"{show(means)}, {rate:.0f} images/s")
+        if due:
+            self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **means)
+            if self.bar.disable:
+                left = (self.steps - done) * self.images / rate
+                log(f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s  {left:.0f} s left")
+
+    def close(self, meters: Meters, **more: float) -> dict[str, float]:
+        """End the epoch: its means over all ranks, with `more`, are printed and recorded. Every rank must call it."""
+        self.bar.close()
+        seconds = time.monotonic() - self.start
+        means = meters.means_over_ranks()
+        rate = self.steps * self.images / seconds
+        record = {**means, **more, "images_per_second": rate, "seconds": seconds}
+        self.record.write(epoch=self.epoch, **record)
+        log(f"{self.label}  {show(means)}  {rate:.0f} images/s  {seconds:.0f} s")
+        return record
+
+
+def show(means: dict[str, float]) -> str:
+    """Losses with their name, accuracies (names that begin with acc) in percent."""
+    return "  ".join(f"{n} {100 * v:.1f} %" if n.startswith("acc") else f"{n} {v:.4f}" for n, v in means.items())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that the figures depend on."""
+    names = ["torch", "torchvision", "numpy"]
+    import faiss
+
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, "faiss": faiss.__version__}
+
+
+def describe_machine() -> str:
+    """Processor and accelerators of this machine, the number of processes, in one line."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus)) or "no GPU"
+    where = f"{platform.system()} {platform.machine()}, {available_cores()} of {os.cpu_count()} CPU cores, {names}"
+    return f"{where}; {get_world_size()} process{'es' * (get_world_size() > 1)}"

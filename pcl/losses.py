@@ -1,0 +1,91 @@
+"""InfoNCE and the prototype term of ProtoNCE (PCL, equations 2 and 11) as pure functions of tensors.
+
+Letters: B batch, C features, K prototypes, r negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcl.clustering import Clustering
+
+
+def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Each query against its own key (column 0) and the keys in the queue.
+
+    Args:
+        q: (B, C) unit-length queries.
+        k: (B, C) unit-length keys of the same images.
+        queue: (C, r) earlier keys.
+        temperature: tau.
+
+    Returns:
+        logits (B, 1 + r) and target (B,), all zero.
+    """
+    positive = (q * k).sum(dim=1, keepdim=True)  # (B, 1)
+    logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (B, 1 + r)
+    return logits, torch.zeros(len(q), dtype=torch.long, device=q.device)
+
+
+def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
+    """Draw r of the prototypes 0..num_prototypes-1 that are no image's own, without replacement.
+
+    Args:
+        positive: (B,) int64, the prototype of each image in the batch.
+        num_prototypes: how many there are to choose from.
+        r: how many to draw.
+
+    Returns:
+        (r,) int64 distinct ids on `positive`'s device; all the others, in random order, where there are fewer than r.
+
+    A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch.
+    """
+    score = torch.rand(num_prototypes, device=positive.device)
+    score[positive] = -1
+    if num_prototypes - len(positive) < r:
+        r = min(r, int((score >= 0).sum()))
+    return score.topk(r).indices
+
+
+def prototype_logits(q: Tensor, positive: Tensor, negative: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
+    """Each query against the prototypes of the whole batch, then the negatives, each at its own temperature.
+
+    Args:
+        q: (B, C) unit-length queries.
+        positive: (B,) int64, the prototype of each query.
+        negative: (r,) int64, from `sample_negatives`.
+        clustering: the granularity.
+
+    Returns:
+        logits (B, B + r) and target (B,), the diagonal: as published, the prototypes of the other images in the batch
+        are negatives too, even where two images share one.
+    """
+    chosen = torch.cat([positive, negative])  # (B + r,)
+    logits = q @ clustering.prototypes[chosen].T / clustering.concentration[chosen]  # (B, B + r)
+    return logits, torch.arange(len(q), device=q.device)
+
+
+def prototype_loss(q: Tensor, index: Tensor, clusterings: Sequence[Clustering], r: int) -> tuple[Tensor, Tensor]:
+    """The prototype term of ProtoNCE: the mean over granularities of the cross-entropy of `prototype_logits`.
+
+    Args:
+        q: (B, C) unit-length queries.
+        index: (B,) int64, where in the data set each image stands.
+        clusterings: at least one granularity of the E-step.
+        r: negatives to draw in each.
+
+    Returns:
+        the loss and the share of queries nearest to their own prototype (both scalars, the second without gradient).
+    """
+    losses, hits = [], []
+    for clustering in clusterings:
+        positive = clustering.im2cluster[index]  # (B,)
+        negative = sample_negatives(positive, clustering.num_used, r)  # (r,)
+        logits, target = prototype_logits(q, positive, negative, clustering)
+        losses.append(F.cross_entropy(logits, target))
+        hits.append((logits.detach().argmax(dim=1) == target).float().mean())
+    return torch.stack(losses).mean(), torch.stack(hits).mean()
