@@ -90,9 +90,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--cos and --schedule exclude each other; leave one out")
     if args.resume:
         try:
-            with torch.device("meta"):
-                model = make_model(args)
-            state = checkpoint.load_for_resume(args.resume, model, args.arch, map_location="meta")
+            state = checkpoint.load_for_resume(args.resume, make_model(args), args.arch, map_location="meta")
         except checkpoint.CheckpointError as error:
             parser.error(f"--resume: {error}")
         if state["epoch"] >= args.epochs:
@@ -220,7 +218,7 @@ def introduce(args: argparse.Namespace, num_images: int, num_classes: int, steps
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     log(f"data: {num_images} images in {num_classes} folders of {args.data / 'train'}, at {args.image_size} pixels")
     batch = cli.global_batch(args)
-    log(f"batch: {batch} images, {batch // world} in each of {world} processes; {steps} steps an epoch; seed {args.seed}")
+    log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
     else:

@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from pcl.distributed import derive_seed, get_rank, get_world_size
 
@@ -45,7 +45,9 @@ class IndexedFolder(Dataset):
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
-        found = ImageFolder(root)
+        found = ImageFolder(root, allow_empty=True)
+        if not found.samples:
+            raise FileNotFoundError(f"no image in {root}/<class>/ (files called {', '.join(IMG_EXTENSIONS)})")
         self.classes = found.classes
         self.labels = np.array(found.targets)  # (N,)
         # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.

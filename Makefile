@@ -1,0 +1,26 @@
+# make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
+# make test   sets up .venv, checks the code's form and runs the tests
+
+PYTHON ?= python3
+DATA ?=
+
+.PHONY: demo test format
+
+demo: .venv/installed
+	.venv/bin/python benchmarks/demo.py $(if $(DATA),--data "$(DATA)")
+
+test: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest
+
+format: .venv/installed
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,62 @@
+"""What the tests share: one thread a process, a tiny image folder, two ranks that run a function together."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcl import distributed
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT))  # the scripts
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request, monkeypatch):
+    """Only tests marked gpu see one, so that the others ask the same of every machine."""
+    torch.manual_seed(0)
+    if "gpu" in request.keywords:
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """DIR with train/{a,b} of 10 + 15 noisy images and val/{a,b} of 3 + 3."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for folder, count in (("train/a", 10), ("train/b", 15), ("val/a", 3), ("val/b", 3)):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Runs `worker(device, args)` on two ranks; each saves its result to args.out with `save_result`; returns both."""
+
+    def run(worker, **options):
+        args = Namespace(nproc=2, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0)
+        distributed.launch(worker, Namespace(**vars(args), out=tmp_path, **options))
+        return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+    return run
+
+
+def save_result(args, **result):
+    torch.save(result, args.out / f"rank{distributed.get_rank()}.pt")

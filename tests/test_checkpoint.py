@@ -1,0 +1,139 @@
+import functools
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+import torchvision
+
+from pcl.builder import MoCo
+from pcl.checkpoint import CheckpointError, architectures, backbone, load, load_backbone, load_for_resume, save
+
+ARCH = "shufflenet_v2_x0_5"
+
+
+def moco(mlp=False, **options):
+    return MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16, mlp=mlp, **options)
+
+
+def published(model, prefix="module."):
+    weights = {prefix + name: value for name, value in model.state_dict().items()}
+    return {"epoch": 3, "arch": ARCH, "state_dict": weights, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def test_a_failed_write_leaves_the_old_file_whole_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint_0000.pth.tar"
+    save(path, {"epoch": 1})
+
+    def full_disk(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            save(path, {"epoch": 2})
+    assert load(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == [path.name]
+    save(path, {"epoch": 2})
+    assert load(path) == {"epoch": 2}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    torch.save({"state_dict": Evil(tmp_path / "ran")}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(CheckpointError, match="safely"):
+            load(tmp_path / name)
+        with pytest.raises(CheckpointError, match="safely"):
+            load_backbone(tmp_path / name, ARCH)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_no_checkpoint_are_errors(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"arch": ARCH, "state_dict": {"a": 1}}, tmp_path / "numbers")
+    for name, message in (("absent", "no such file"), ("text", "safely"), ("list", "holds a list")):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / name)
+    with pytest.raises(CheckpointError, match="neither"):
+        load_backbone(tmp_path / "numbers")
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["v1 head", "v2 head"])
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_the_backbone_of_a_published_checkpoint(tmp_path, mlp, prefix):
+    model = moco(mlp)
+    for parameter in model.encoder_k.parameters():
+        parameter.data.add_(1)  # so that the key encoder would be noticed
+    torch.save(published(model, prefix), tmp_path / "c.pt")
+    network = load_backbone(tmp_path / "c.pt")
+    assert not network.training
+    x = torch.randn(2, 3, 32, 32)
+    model.encoder_q.fc = torch.nn.Identity()
+    assert torch.equal(network(x), model.encoder_q.eval()(x))
+
+
+def test_the_backbone_of_a_torchvision_state_dict(tmp_path):
+    original = torchvision.models.get_model(ARCH, weights=None)
+    torch.save(original.state_dict(), tmp_path / "c.pt")
+    network = load_backbone(tmp_path / "c.pt", ARCH)
+    original.fc = torch.nn.Identity()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(x), original.eval()(x))
+    with pytest.raises(CheckpointError, match="name it with --arch"):
+        load_backbone(tmp_path / "c.pt")
+
+
+def test_a_backbone_with_other_keys_is_an_error_that_names_them(tmp_path):
+    state = published(moco())
+    del state["state_dict"]["module.encoder_q.conv1.0.weight"]
+    state["state_dict"]["module.encoder_q.extra"] = torch.zeros(1)
+    state["state_dict"]["module.encoder_q.conv5.0.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"missing conv1\.0\.weight; unexpected extra; of another shape conv5\.0\.weight"):
+        load_backbone(tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="does not fit resnet18"):
+        load_backbone(tmp_path / "c.pt", "resnet18")
+
+
+def test_resuming_asks_for_the_same_model(tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save(published(moco()), path)
+    assert load_for_resume(path, moco(), ARCH)["epoch"] == 3
+    assert load_for_resume(path, moco(), ARCH, "meta")["epoch"] == 3
+    with pytest.raises(CheckpointError, match=f"give --arch {ARCH}"):
+        load_for_resume(path, moco(), "resnet18")
+    with pytest.raises(CheckpointError, match=r"encoder_k\.fc\.0\.bias: absent in the file, \(1024,\) in the model"):
+        load_for_resume(path, moco(mlp=True), ARCH)
+    torch.save(backbone(ARCH).state_dict(), path)
+    with pytest.raises(CheckpointError, match="it has no epoch, arch, state_dict, optimizer"):
+        load_for_resume(path, moco(), ARCH)
+
+
+def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head():
+    offered = []
+    for name in torchvision.models.list_models(module=torchvision.models):
+        # Two families cannot be built without memory; a small member of each stands for all.
+        stand_in = {"regnet": "regnet_x_400mf", "swin": "swin_t"}.get(name.split("_")[0])
+        with torch.device("cpu" if stand_in else "meta"), warnings.catch_warnings(action="ignore"):
+            network = smallest(stand_in) if stand_in else torchvision.models.get_model(name, weights=None)
+        if isinstance(getattr(network, "fc", None), torch.nn.Linear) and not getattr(network, "aux_logits", False):
+            offered.append(name)
+    assert architectures() == offered
+
+
+@functools.cache
+def smallest(name):
+    return torchvision.models.get_model(name, weights=None)

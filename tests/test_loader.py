@@ -1,0 +1,154 @@
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms
+
+from pcl import loader
+from pcl.loader import (
+    EpochSampler,
+    GaussianBlur,
+    IndexedFolder,
+    TwoViews,
+    UnreadableImageError,
+    center_view,
+    make_loader,
+    random_numbers_of,
+    random_view,
+    share_of_rank,
+)
+
+
+def in_group(monkeypatch, rank, world):
+    monkeypatch.setattr(loader, "get_rank", lambda: rank)
+    monkeypatch.setattr(loader, "get_world_size", lambda: world)
+
+
+def test_a_folder_gives_images_in_torchvision_s_order_with_their_index(image_folder):
+    folder = IndexedFolder(image_folder / "train", np.asarray)
+    assert len(folder) == 25
+    assert folder.classes == ["a", "b"]
+    assert folder.labels.tolist() == [0] * 10 + [1] * 15
+    for i in (0, 9, 10, 24):
+        pixels, index = folder[i]
+        path = image_folder / "train" / ("a" if i < 10 else "b") / f"{i if i < 10 else i - 10:02d}.png"
+        assert index == i
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut off"])
+def test_an_unreadable_image_is_named(tmp_path, content):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "broken ü.png").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"broken ü\.png"):
+        IndexedFolder(tmp_path, np.asarray)[0]
+    with pytest.raises(UnreadableImageError, match=r"broken ü\.png"):
+        next(iter(make_loader(IndexedFolder(tmp_path, np.asarray), range(1), 1, workers=1)))
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(image_folder):
+    def views(seed, epoch, workers):
+        folder = IndexedFolder(image_folder / "train", TwoViews(random_view(32, aug_plus=True)), seed)
+        sampler = EpochSampler(folder, seed=3)
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch + workers)  # the process's generator has no say
+        batches = list(make_loader(folder, sampler, 5, workers))
+        order = torch.cat([index for _, index in batches]).argsort()
+        return torch.cat([torch.cat([im_q, im_k], 1) for (im_q, im_k), _ in batches])[order]
+
+    first = views(0, 0, workers=0)
+    assert torch.equal(first, views(0, 0, workers=2))
+    for other in (views(0, 1, 0), views(1, 0, 0)):
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[:, :3], first[:, 3:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_process_s_random_numbers_alone(image_folder, workers):
+    folder = IndexedFolder(image_folder / "train", random_view(32, aug_plus=True), seed=5)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    for _ in make_loader(folder, range(len(folder)), 5, workers):
+        pass
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_numbers_of_puts_the_generator_back_after_an_error():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with contextlib.suppress(KeyError), random_numbers_of(4, 2):
+        raise KeyError(torch.rand(9))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (2, 4), (3, 2), (4, 6)])
+def test_an_epoch_s_shares_are_disjoint_and_change(image_folder, monkeypatch, world, batch):
+    def epoch_of(epoch):
+        keys = []
+        for rank in range(world):
+            in_group(monkeypatch, rank, world)
+            sampler = EpochSampler(folder, seed=0)
+            sampler.set_epoch(epoch)
+            share = list(sampler)
+            assert len(share) == len(folder) // world
+            keys += share
+        return keys
+
+    folder = IndexedFolder(image_folder / "train", np.asarray)
+    keys = epoch_of(3)
+    assert {epoch for epoch, _ in keys} == {3}
+    indices = [index for _, index in keys]
+    assert len(set(indices)) == len(indices) == len(folder) // world * world
+    assert indices != [index for _, index in epoch_of(4)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 30])
+def test_the_e_step_sees_each_image_exactly_once(monkeypatch, world):
+    seen = []
+    for rank in range(world):
+        in_group(monkeypatch, rank, world)
+        seen += share_of_rank(25)
+    assert sorted(seen) == list(range(25))
+
+
+def names_of(view):
+    return [type(t).__name__ for t in view.transforms]
+
+
+def test_the_views_are_the_published_ones():
+    v1, v2, center = random_view(224, aug_plus=False), random_view(224, aug_plus=True), center_view(224)
+    tail = ["RandomHorizontalFlip", "ToTensor", "Normalize"]
+    assert names_of(v1) == ["RandomResizedCrop", "RandomGrayscale", "ColorJitter", *tail]
+    assert names_of(v2) == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", *tail]
+    assert names_of(center) == ["Resize", "CenterCrop", "ToTensor", "Normalize"]
+    assert v1.transforms[0].scale == v2.transforms[0].scale == (0.2, 1.0)
+    jitter, strong = v1.transforms[2], v2.transforms[1].transforms[0]
+    assert (jitter.brightness, jitter.hue) == ((0.6, 1.4), (-0.4, 0.4))
+    assert (strong.brightness, strong.hue) == ((0.6, 1.4), (-0.1, 0.1))
+    assert [t.p for t in v2.transforms[1:4]] == [0.8, 0.2, 0.5]
+    assert center.transforms[0].size == 256
+    assert center_view(32).transforms[0].size == 37
+
+
+def test_the_blur_is_pillow_s_of_a_radius_between_a_tenth_and_two(monkeypatch):
+    radii = []
+    monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda radius: radii.append(radius) or ImageFilter.BLUR)
+    for _ in range(2000):
+        GaussianBlur()(Image.new("RGB", (5, 5)))
+    assert 0.1 <= min(radii) < 0.12
+    assert 1.98 < max(radii) <= 2.0
+    assert np.mean(radii) == pytest.approx(1.05, abs=0.05)
+
+
+def test_the_center_view_is_the_middle_of_the_image():
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[:, 40:80] = 255
+    view = center_view(70)(Image.fromarray(pixels))
+    white = transforms.Normalize([0, 0, 0], [1 / 0.229, 1 / 0.224, 1 / 0.225])(view)  # standard deviations undone
+    assert view.shape == (3, 70, 70)
+    assert float(white[:, :, 16:54].std(dim=(1, 2)).max()) < 1e-6
+    assert float((white[:, :, 35] - white[:, :, 0]).min()) == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,93 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcl.clustering import Clustering
+from pcl.losses import instance_logits, prototype_logits, prototype_loss, sample_negatives
+
+
+def unit(*shape, dim):
+    return F.normalize(torch.randn(*shape), dim=dim)
+
+
+def random_clustering(n, k, c):
+    return Clustering(torch.randint(k, (n,)), unit(k, c, dim=1), 0.1 + torch.rand(k))
+
+
+def test_info_nce_is_the_paper_s_formula():
+    q, k, queue, tau = unit(4, 8, dim=1), unit(4, 8, dim=1), unit(8, 10, dim=0), 0.2
+    logits, target = instance_logits(q, k, queue, tau)
+    slow = 0.0
+    for i in range(4):
+        own = math.exp(float(q[i] @ k[i]) / tau)
+        others = sum(math.exp(float(q[i] @ queue[:, j]) / tau) for j in range(10))
+        slow -= math.log(own / (own + others)) / 4
+    assert logits.shape == (4, 11)
+    assert float(F.cross_entropy(logits, target)) == pytest.approx(slow, rel=1e-5)
+
+
+def test_prototype_term_is_the_paper_s_formula_with_the_batch_s_prototypes_among_the_negatives():
+    clustering = random_clustering(20, 12, 8)
+    q, index = unit(4, 8, dim=1), torch.tensor([3, 7, 7, 19])  # an image that stands there twice keeps two columns
+    positive = clustering.im2cluster[index]
+    negative = sample_negatives(positive, 12, 5)
+    logits, target = prototype_logits(q, positive, negative, clustering)
+    slow = 0.0
+    for i in range(4):
+        columns = [*positive.tolist(), *negative.tolist()]
+        exponents = [math.exp(float(q[i] @ clustering.prototypes[c]) / float(clustering.concentration[c])) for c in columns]
+        slow -= math.log(exponents[i] / sum(exponents)) / 4
+    assert logits.shape == (4, 4 + 5)
+    assert float(F.cross_entropy(logits, target)) == pytest.approx(slow, rel=1e-5)
+
+
+def test_prototype_loss_is_the_mean_over_granularities():
+    clusterings = [random_clustering(20, k, 8) for k in (6, 9)]  # r is larger: no randomness left but the order
+    q, index = unit(4, 8, dim=1).requires_grad_(), torch.tensor([0, 5, 10, 15])
+    loss, accuracy = prototype_loss(q, index, clusterings, r=100)
+    terms, hits = [], []
+    for clustering in clusterings:
+        positive = clustering.im2cluster[index]
+        logits, target = prototype_logits(q, positive, sample_negatives(positive, clustering.num_used, 100), clustering)
+        terms.append(F.cross_entropy(logits, target))
+        hits.append((logits.argmax(1) == target).float().mean())
+    torch.testing.assert_close(loss, (terms[0] + terms[1]) / 2)
+    torch.testing.assert_close(accuracy, (hits[0] + hits[1]) / 2)
+    loss.backward()
+    assert q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("num_prototypes", "r"), [(50, 10), (50, 47), (50, 48), (50, 200), (4, 3)])
+def test_negatives_are_distinct_and_no_image_s_own(num_prototypes, r):
+    positive = torch.tensor([3, 1, 3])
+    negative = sample_negatives(positive, num_prototypes, r)
+    assert len(negative) == len(negative.unique()) == min(r, num_prototypes - 2)
+    assert not set(negative.tolist()) & {1, 3}
+    assert set(negative.tolist()) <= set(range(num_prototypes))
+
+
+def test_there_may_be_no_negative_left():
+    assert len(sample_negatives(torch.tensor([0, 1]), 2, 5)) == 0
+
+
+def test_negatives_are_drawn_evenly():
+    drawn = Counter(i for _ in range(4000) for i in sample_negatives(torch.tensor([0]), 9, 2).tolist())
+    for i in range(1, 9):  # binomial(4000, 1/4): standard deviation 27
+        assert abs(drawn[i] - 1000) < 5 * 27
+
+
+@pytest.mark.gpu
+def test_the_losses_do_not_wait_for_the_gpu():
+    clustering = random_clustering(500, 400, 8).to("cuda")
+    clustering.num_used  # noqa: B018 - once an epoch
+    q, k, queue = (t.cuda() for t in (unit(16, 8, dim=1), unit(16, 8, dim=1), unit(8, 64, dim=0)))
+    index = torch.arange(16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = F.cross_entropy(*instance_logits(q.requires_grad_(), k, queue, 0.2))
+        (loss + prototype_loss(q, index, [clustering], r=64)[0]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

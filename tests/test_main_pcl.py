@@ -1,0 +1,233 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import main_pcl
+from pcl.checkpoint import load
+
+TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
+TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
+
+
+def run(*options, tiny=TINY):
+    """main_pcl.py in this process, with the tiny settings and then these."""
+    argv = sys.argv
+    sys.argv = ["main_pcl.py", *tiny.split(), *map(str, options)]
+    try:
+        main_pcl.main()
+    finally:
+        sys.argv = argv
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal to the bit, through dictionaries and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def weights(exp_dir, epoch=2):
+    state = load(exp_dir / f"checkpoint_{epoch:04d}.pth.tar")
+    return {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer", "seed")}
+
+
+@pytest.fixture(scope="module")
+def finished(image_folder, tmp_path_factory):
+    """A run of three epochs, of which the second and third have an E-step."""
+    exp_dir = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        run(image_folder, "--exp-dir", exp_dir)
+    return exp_dir
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_checkpoint_in_the_published_form_and_a_log(finished):
+    assert files_below(finished) == ["checkpoint_0002.pth.tar", "log.jsonl"]
+    state = load(finished / "checkpoint_0002.pth.tar")
+    assert (state["epoch"], state["arch"], state["seed"]) == (3, "shufflenet_v2_x0_5", 1)
+    assert state["state_dict"]["module.queue"].shape == (16, 20)
+    assert state["state_dict"]["module.queue_ptr"].tolist() == [3 * 3 * 8 % 20]
+    for encoder in ("encoder_q", "encoder_k"):
+        assert state["state_dict"][f"module.{encoder}.fc.2.weight"].shape == (16, 1024)
+
+    head, *records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert head["args"]["num_cluster"] == [3, 5]
+    assert [r["epoch"] for r in records if "kmeans_seconds" in r] == [1, 2]
+    epochs = [r for r in records if "seconds" in r]
+    assert [("loss_prototype" in r, "acc_prototype" in r) for r in epochs] == [(False, False), (True, True), (True, True)]
+    assert [r["lr"] for r in epochs] == pytest.approx([0.03, 0.0225, 0.0075])
+    for r in epochs[1:]:
+        assert r["loss"] == pytest.approx(r["loss_instance"] + r["loss_prototype"])
+    assert sum("step" in r for r in records) == 3 * 3
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder, finished, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "-j", 2)
+    assert_same(weights(tmp_path), weights(finished))
+    run(image_folder, "--exp-dir", tmp_path / "other", "--seed", 2, "--epochs", 1)
+    assert not torch.equal(
+        weights(tmp_path / "other", 0)["state_dict"]["module.queue"], weights(finished)["state_dict"]["module.queue"]
+    )
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    step, steps = main_pcl.m_step, []
+
+    def m_step(*args):
+        steps.append(args)
+        if len(steps) == 3:
+            raise Stop
+        step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pcl, "m_step", m_step)
+        with pytest.raises(Stop):
+            run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2)
+    assert files_below(tmp_path) == ["checkpoint_0001.pth.tar", "log.jsonl"]
+
+    unseeded = TINY.removesuffix("--seed 1")  # the seed comes from the checkpoint
+    run(image_folder, "--exp-dir", tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar", tiny=unseeded)
+    assert_same(weights(tmp_path), weights(finished))
+    assert (tmp_path / "log.jsonl").read_text().count('"command"') == 2
+
+
+@pytest.mark.slow
+def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
+    options = "--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:10001 --epochs 1"
+    run(image_folder, "--exp-dir", tmp_path / "new", *options.split())
+    out = capsys.readouterr().out
+    assert "no GPU; 1 process, talking by gloo" in out
+    assert "25 images in 2 folders" in out
+    assert "batch: 8 images, 8 in each process" in out
+    assert files_below(tmp_path / "new") == ["checkpoint_0000.pth.tar", "log.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_train_alike_spawned_on_two_nodes_or_under_torchrun(image_folder, tmp_path):
+    """The three ways to the same two ranks give the same weights to the bit."""
+
+    def start(name, *options, launcher=()):
+        command = [sys.executable, *launcher, str(ROOT / "main_pcl.py"), str(image_folder), *TINY.split()]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command += ["--exp-dir", str(tmp_path / name), "--epochs", "2", *options]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(*processes):
+        for process in processes:
+            out, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, out
+
+    finish(start("spawned", "--nproc", "2"))
+    from pcl.distributed import _free_port
+
+    nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}", "--rank"]
+    finish(*(start("nodes", *nodes, str(rank)) for rank in range(2)))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
+    finish(start("torchrun", launcher=torchrun))
+    for name in ("nodes", "torchrun"):
+        assert_same(weights(tmp_path / name, 1), weights(tmp_path / "spawned", 1))
+
+
+WRONG = {
+    "no such folder": ("nowhere", "", "nowhere: no such folder"),
+    "no train": ("{images}/train", "", "no folder train/"),
+    "no images": ("{empty}", "", "no image in {empty}/train/<class>/"),
+    "no class folders": ("{images}/train", "", "no folder train/"),
+    "fewer images than a batch": ("{images}", "-b 26 --pcl-r 30", "--batch-size: 26 images in a step"),
+    "batch and processes": (
+        "{images}",
+        "-b 9 --nproc 2",
+        "--batch-size 9: the 2 processes of this node do not divide it; try 8",
+    ),
+    "short queue": ("{images}", "--pcl-r 7", "--pcl-r 7: the queue is shorter than one batch; raise it to 8"),
+    "granularity no integer": ("{images}", "--num-cluster 3,x", "--num-cluster: 'x' is not an integer"),
+    "granularity twice": ("{images}", "--num-cluster 3,3", "--num-cluster: 3,3: a number stands there twice"),
+    "granularity too large": ("{images}", "--num-cluster 3,26", "--num-cluster 26: more clusters than the 25 images"),
+    "unknown architecture": ("{images}", "-a vgg16", "argument -a/--arch: invalid choice: 'vgg16'"),
+    "no checkpoint": ("{images}", "--resume nothing.pth", "--resume: nothing.pth: no such file"),
+    "another model": ("{images}", "--resume {checkpoint} --low-dim 8", "--resume: {checkpoint} does not fit the options"),
+    "another architecture": ("{images}", "--resume {checkpoint} -a resnet18", "give --arch shufflenet_v2_x0_5"),
+    "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
+    "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
+    "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
+    "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
+    "nodes without an address": ("{images}", "--world-size 2", "--dist-url tcp://HOST:PORT"),
+    "node out of range": ("{images}", "--rank 1", "--rank 1: the nodes of --world-size 1 are 0 to 0"),
+    "no such address": ("{images}", "--dist-url localhost:10001", "--dist-url localhost:10001: give tcp://"),
+    "no such GPU": ("{images}", "--gpu 0", "--gpu 0: this machine shows 0 GPUs"),
+    "a misspelt option": ("{images}", "--aug_plus", "--aug_plus"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, finished, tmp_path, capsys, monkeypatch):
+    data, options, message = wrong
+    (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
+    places = {"images": image_folder, "empty": tmp_path / "empty", "run": finished}
+    places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
+    monkeypatch.setattr(main_pcl, "launch", lambda *_: pytest.fail("processes were started"))
+    before = files_below(tmp_path), files_below(finished)
+    with pytest.raises(SystemExit) as stop:
+        run("--exp-dir", tmp_path / "new", data.format(**places), *options.format(**places).split())
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message.format(**places) in err
+    assert (files_below(tmp_path), files_below(finished)) == before
+
+
+def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(main_pcl, "launch", lambda worker, args: started.append(args))
+    run("--exp-dir", tmp_path / "new", image_folder, "--warmup-epoch", "3", "--num-cluster", "25000")
+    assert started[0].warmup_epoch == 3
+
+
+def test_the_defaults_are_the_published_ones():
+    args = vars(main_pcl.get_parser().parse_args(["DIR"]))
+    expected = {
+        "arch": "resnet50", "epochs": 200, "start_epoch": 0, "batch_size": 256, "lr": 0.03, "schedule": [120, 160],
+        "momentum": 0.9, "wd": 1e-4, "print_freq": 100, "low_dim": 128, "pcl_r": 16384, "moco_m": 0.999,
+        "temperature": 0.2, "mlp": False, "aug_plus": False, "cos": False, "num_cluster": [25000, 50000, 100000],
+        "warmup_epoch": 20, "image_size": 224,
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    assert str(args["exp_dir"]) == "experiment_pcl"
+
+
+def test_the_commands_of_the_readme_parse():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\s*(?:python|torchrun .*?) (main_pcl\.py .*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        main_pcl.get_parser().parse_args(shlex.split(command, comments=True)[1:])

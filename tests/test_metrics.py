@@ -1,0 +1,45 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy, topk_accuracy
+
+
+def test_topk_accuracy_counts_rows():
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [5, 4, 0, 1]])
+    target = torch.tensor([0, 2, 3])
+    assert float(topk_accuracy(logits, target)) == pytest.approx(1 / 3)
+    assert float(topk_accuracy(logits, target, k=2)) == pytest.approx(2 / 3)
+    assert float(topk_accuracy(logits, target, k=3)) == 1
+
+
+def test_knn_is_the_weighted_vote():
+    known, query = torch.randn(60, 5), torch.randn(40, 5)
+    known_label, label = torch.randint(4, (60,)), torch.randint(4, (40,))
+    hits = 0
+    for q, truth in zip(query, label, strict=True):
+        near = sorted(((float(F.cosine_similarity(q, x, dim=0)), int(y)) for x, y in zip(known, known_label, strict=True)))[-7:]
+        votes = [sum(math.exp(cosine / 0.1) for cosine, y in near if y == c) for c in range(4)]
+        hits += votes.index(max(votes)) == int(truth)
+    assert knn_accuracy(known, known_label, query, label, k=7, temperature=0.1) == hits / 40
+
+
+def test_knn_takes_more_neighbours_than_there_are():
+    assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), k=50) == 1
+
+
+def test_one_shot_is_one_for_separate_classes_and_chance_for_noise():
+    centers, label = torch.eye(5), torch.arange(5).repeat(40)
+    x = centers[label] + 0.01 * torch.randn(200, 5)
+    assert one_shot_accuracy(x, label, x, label) == 1
+    noise = torch.randn(200, 5)
+    assert one_shot_accuracy(noise[:100], label[:100], noise[100:], label[100:], draws=50) == pytest.approx(0.2, abs=0.05)
+    assert one_shot_accuracy(noise, label, noise, label) == one_shot_accuracy(noise, label, noise, label)
+
+
+def test_agreement_does_not_depend_on_names():
+    label = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert cluster_agreement(torch.tensor([5, 5, 3, 3, 9, 9]), label) == pytest.approx(1)
+    assert cluster_agreement(torch.zeros(6, dtype=torch.long), label) == pytest.approx(0)
