@@ -29,8 +29,8 @@ from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
 from pcl.samples import write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCH, BATCH, R = "shufflenet_v2_x0_5", 64, 1024
-EPOCHS, WARMUP = 40, 4
+ARCH, BATCH, R = "resnet18", 64, 512
+EPOCHS, WARMUP = 24, 6
 
 
 def get_parser() -> Parser:
@@ -76,12 +76,23 @@ def main() -> None:
 
 def pretrain(data: Path, run: Path, num_images: int, args: argparse.Namespace, options: list[str]) -> None:
     """main_pcl.py with settings for a few thousand small images."""
-    clusters = ",".join(str(max(2, num_images // size)) for size in (200, 80, 40))
+    clusters = ",".join(str(max(2, num_images // size)) for size in (20, 10, 5))
     command = [
         *(sys.executable, str(ROOT / "main_pcl.py"), str(data), "--exp-dir", str(run), "--mlp", "--aug-plus", "--cos"),
         *("--arch", ARCH, "--image-size", str(args.image_size), "--batch-size", str(BATCH), "--pcl-r", str(R)),
-        *("--num-cluster", clusters, "--epochs", str(args.epochs), "--warmup-epoch", str(WARMUP), "--lr", "0.06"),
-        *("--moco-m", "0.99", "--seed", "0", "--save-freq", str(args.epochs), *options),
+        *(
+            "--temperature",
+            "0.1",
+            "--num-cluster",
+            clusters,
+            "--epochs",
+            str(args.epochs),
+            "--warmup-epoch",
+            str(WARMUP),
+            "--lr",
+            "0.03",
+        ),
+        *("--moco-m", "0.99", "--seed", "0", "--save-freq", str(args.epochs), "--nproc", "1", *options),
     ]
     print("$", " ".join(command), flush=True)
     if (code := subprocess.run(command).returncode) != 0:

@@ -45,7 +45,7 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
     A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch.
     """
     score = torch.rand(num_prototypes, device=positive.device)
-    score[positive] = -1
+    score.index_fill_(0, positive, -1)
     if num_prototypes - len(positive) < r:
         r = min(r, int((score >= 0).sum()))
     return score.topk(r).indices

@@ -1,10 +1,11 @@
-"""Figures of merit: top-k accuracy, nearest neighbours, few labels, agreement of clusters and labels.
+"""Figures of merit: top-k accuracy, nearest neighbours, few labels, agreement of clusters and labels, average precision.
 
 Letters: B batch, N images with known labels, Q images to classify, C features.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,3 +69,29 @@ def cluster_agreement(im2cluster: Tensor, label: Tensor) -> float:
     from sklearn.metrics import normalized_mutual_info_score  # slow to import, and training does not need it
 
     return float(normalized_mutual_info_score(label.cpu().numpy(), im2cluster.cpu().numpy()))
+
+
+def average_precision(target: Tensor | np.ndarray, score: Tensor | np.ndarray) -> float:
+    """Area under the precision-recall curve after precision is made non-increasing in recall (all-points interpolation).
+
+    Args:
+        target: (N,) of any dtype; above 0 is positive, everything else negative.
+        score: (N,) float, finite. Images of equal score enter the curve together, so that their order has no say.
+
+    Raises:
+        ValueError: no positive, or scores that are not finite.
+
+    Source: the PASCAL VOC development kit from 2010 on; neither its 11-point rule of 2007 nor scikit-learn's
+    `average_precision_score`, which does not interpolate.
+    """
+    positive, score = np.asarray(target) > 0, np.asarray(score, dtype=np.float64)
+    if not positive.any():
+        raise ValueError("average precision of no positive is not defined")
+    if not np.isfinite(score).all():
+        raise ValueError("scores are not finite")
+    order = np.argsort(-score)
+    last = np.append(np.diff(score[order]) != 0, True)  # of the images that share a score
+    found = np.cumsum(positive[order])[last]  # (thresholds,) positives at least as high
+    recall, precision = found / positive.sum(), found / (np.flatnonzero(last) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
