@@ -76,7 +76,7 @@ def main() -> None:
 
 def pretrain(data: Path, run: Path, num_images: int, args: argparse.Namespace, options: list[str]) -> None:
     """main_pcl.py with settings for a few thousand small images."""
-    clusters = ",".join(str(max(2, num_images // size)) for size in (20, 10, 5))
+    clusters = ",".join(map(str, sorted({max(2, num_images // size) for size in (20, 10, 5)})))
     command = [
         *(sys.executable, str(ROOT / "main_pcl.py"), str(data), "--exp-dir", str(run), "--mlp", "--aug-plus", "--cos"),
         *("--arch", ARCH, "--image-size", str(args.image_size), "--batch-size", str(BATCH), "--pcl-r", str(R)),
