@@ -123,8 +123,8 @@ def show(means: dict[str, float]) -> str:
     """Such as "loss 11.303  instance 6.880 (0.3 %)  prototype 4.423 (1.2 %)": losses, accuracies in percent."""
     parts = []
     for name, value in means.items():
-        if not name.startswith("acc_"):
-            accuracy = means.get(name.replace("loss_", "acc_"), value) if name.startswith("loss_") else None
+        if name.startswith("loss"):
+            accuracy = means.get("acc_" + name.removeprefix("loss_"))
             behind = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
             parts.append(f"{name.removeprefix('loss_')} {value:.3f}{behind}")
     return "  ".join(parts)

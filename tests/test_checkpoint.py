@@ -127,7 +127,8 @@ def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head()
     for name in torchvision.models.list_models(module=torchvision.models):
         # Two families cannot be built without memory; a small member of each stands for all.
         stand_in = {"regnet": "regnet_x_400mf", "swin": "swin_t"}.get(name.split("_")[0])
-        with torch.device("cpu" if stand_in else "meta"), warnings.catch_warnings(action="ignore"):
+        with torch.device("cpu" if stand_in else "meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             network = smallest(stand_in) if stand_in else torchvision.models.get_model(name, weights=None)
         if isinstance(getattr(network, "fc", None), torch.nn.Linear) and not getattr(network, "aux_logits", False):
             offered.append(name)

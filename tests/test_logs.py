@@ -17,8 +17,10 @@ def test_meters_are_means():
     assert meters.means_over_ranks() == pytest.approx({"loss": 3, "acc": 0.3})
 
 
-def test_accuracies_are_shown_in_percent():
-    assert show({"loss": 1.5, "acc_instance": 0.25}) == "loss 1.5000  acc_instance 25.0 %"
+def test_losses_are_shown_with_the_accuracy_in_percent():
+    means = {"loss": 7.5, "loss_instance": 1.5, "acc_instance": 0.25, "loss_prototype": 6.0, "acc_prototype": 0.0123}
+    assert show(means) == "loss 7.500  instance 1.500 (25.0 %)  prototype 6.000 (1.2 %)"
+    assert show({"loss": 1.5, "loss_instance": 1.5}) == "loss 1.500  instance 1.500"
 
 
 def records(folder):
@@ -42,8 +44,8 @@ def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
     assert rest[-1]["lr"] == 0.5
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("epoch 1/2  step 2/5  loss 1.5000")
-    assert lines[2].startswith("epoch 1/2  loss 3.0000")
+    assert lines[0].startswith("epoch 1/2  step 2/5  loss 1.500")
+    assert lines[2].startswith("epoch 1/2  loss 3.000")
 
 
 def test_only_the_main_process_speaks_and_writes(tmp_path, capsys, monkeypatch):
