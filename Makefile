@@ -1,10 +1,11 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
+# make bench  measures what is faster here than in the published code, into benchmarks/results.md
 
 PYTHON ?= python3
 DATA ?=
 
-.PHONY: demo test format
+.PHONY: demo test bench format
 
 demo: .venv/installed
 	.venv/bin/python benchmarks/demo.py $(if $(DATA),--data "$(DATA)")
@@ -14,6 +15,9 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
+
+bench: .venv/installed
+	.venv/bin/python benchmarks/bench.py
 
 format: .venv/installed
 	.venv/bin/ruff format .

@@ -3,123 +3,135 @@
     python benchmarks/demo.py                  the images that come with the package (Fashion-MNIST)
     python benchmarks/demo.py --data DIR       DIR/train/<class>/ and DIR/val/<class>/ of your own
 
-The settings were chosen on other images than the scored ones.
+Options that are not the demo's own go to main_pcl.py. The settings were chosen on other images than the scored ones.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pcl.builder import extract_features
 from pcl.checkpoint import backbone, load_backbone
-from pcl.cli import Parser, open_folder
+from pcl.cli import Parser, open_folder, positive
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.loader import IndexedFolder, center_view, make_loader
 from pcl.logs import track
 from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
-from pcl.samples import write_image_folder
+from pcl.samples import write_image_folder, write_voc
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCH, BATCH, R = "resnet18", 64, 512
-EPOCHS, WARMUP = 24, 6
+ARCH = "resnet18"
+SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6 --seed 0 --nproc 1"
 
 
 def get_parser() -> Parser:
     """The command line."""
+    # fmt: off
     parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="images of your own, in train/<class>/ and val/<class>/")
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints and log")
-    parser.add_argument(
-        "--image-size", type=int, default=32, metavar="PIXELS", help="side of a view; time grows with its square"
-    )
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
+    parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS",
+                        help="side of a view; time grows with its square")
+    parser.add_argument("--epochs", type=positive, default=24, metavar="N", help="epochs of pre-training")
+    # fmt: on
     return parser
 
 
 def main() -> None:
     parser = get_parser()
-    args, options = parser.parse_known_args()  # what is left goes to main_pcl.py, after the demo's own settings
-    data = args.data or args.out / "images"
+    args, options = parser.parse_known_args()
+    data, size = args.data or args.out / "images", args.image_size
     if not args.data:
         write_image_folder(data)
-    num_images, num_classes = len(open_folder(parser, data, "train")), len(open_folder(parser, data, "val").classes)
-    start = time.monotonic()
+    known, query = (open_folder(parser, data, split) for split in ("train", "val"))
+    if known.classes != query.classes or len(known.classes) < 2:
+        parser.error(f"--data {data}: train/ and val/ need the same class folders, two at least")
+
     run = args.out / time.strftime("run_%Y%m%d_%H%M%S")
-    pretrain(data, run, num_images, args, options)
-    checkpoint = max(run.glob("checkpoint_*.pth.tar"))
+    start = time.monotonic()
+    clusters = sorted({max(2, len(known) // images) for images in (40, 20, 10)})
+    shape = f"--arch {ARCH} --image-size {size} --batch-size {min(64, len(known))} --num-cluster {','.join(map(str, clusters))}"
+    lengths = f"--epochs {args.epochs} --save-freq {args.epochs}"
+    script("main_pcl.py", data, "--exp-dir", run, *SETTINGS.split(), *shape.split(), *lengths.split(), *options)
     minutes = (time.monotonic() - start) / 60
+    checkpoint = max(run.glob("checkpoint_*.pth.tar"))
+
+    write_voc(data, args.out / "voc", cell=size)
+    weights = {"random backbone": ["--random-init", "--arch", ARCH], "PCL backbone": ["--pretrained", checkpoint]}
+    svm: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for name, options in weights.items():
+        for protocol in ("full", "low-shot"):
+            output = run / f"svm_{name.split()[0]}_{protocol}.json"
+            options += ["--image-size", 2 * size, "--num-workers", available_cores(), "--output", output]
+            script("eval_svm_voc.py", args.out / "voc", *options, *(["--low-shot"] if protocol == "low-shot" else []))
+            svm[name] |= json.loads(output.read_text())
 
     seed_everything(0)
-    networks = {
-        "raw pixels": lambda images: images.flatten(1),
-        "random backbone": backbone(ARCH),
-        "PCL backbone": load_backbone(checkpoint),
-    }
-    rows = {name: score(network, data, args.image_size, num_classes) for name, network in networks.items()}
-    print(f"\n{'on the images of ' + str(data / 'val'):40s} {'kNN':>8s} {'1 label/class':>14s} {'cluster NMI':>12s}")
-    for name, (knn, one_shot, agreement) in rows.items():
-        print(f"{name:40s} {100 * knn:6.1f} % {100 * one_shot:12.1f} % {agreement:12.2f}")
-    print(f"\nkNN: weighted vote of the 20 nearest of {num_images} labelled images.")
-    print("1 label/class: the nearest of one labelled image of each class; mean of 20 draws.")
-    print(f"cluster NMI: agreement of {num_classes} k-means clusters with the classes; 1 if they are the same.")
-    print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}; its log is {run / 'log.jsonl'}")
+    networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(ARCH), "PCL backbone": load_backbone(checkpoint)[0]}
+    rows = {name: score(network, known, query, size) | figures_of(svm.get(name)) for name, network in networks.items()}
+    print_table(rows)
+    print(f"kNN: the weighted vote of the 20 nearest of {len(known)} labelled images, for {len(query)} others.")
+    print("1 label: the nearest of one labelled image of each class; mean of 20 draws.")
+    print(f"NMI: agreement of {len(query.classes)} k-means clusters with the classes, 100 if they are the same.")
+    print("SVM, k = ..: mean average precision on collages, with all labels and with k of each class (5 draws).")
+    print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}")
+    print(f"Its log: {run / 'log.jsonl'}; the scores of the SVMs: {run}/svm_*.json")
 
 
-def pretrain(data: Path, run: Path, num_images: int, args: argparse.Namespace, options: list[str]) -> None:
-    """main_pcl.py with settings for a few thousand small images."""
-    clusters = ",".join(map(str, sorted({max(2, num_images // size) for size in (20, 10, 5)})))
-    command = [
-        *(sys.executable, str(ROOT / "main_pcl.py"), str(data), "--exp-dir", str(run), "--mlp", "--aug-plus", "--cos"),
-        *("--arch", ARCH, "--image-size", str(args.image_size), "--batch-size", str(BATCH), "--pcl-r", str(R)),
-        *(
-            "--temperature",
-            "0.1",
-            "--num-cluster",
-            clusters,
-            "--epochs",
-            str(args.epochs),
-            "--warmup-epoch",
-            str(WARMUP),
-            "--lr",
-            "0.03",
-        ),
-        *("--moco-m", "0.99", "--seed", "0", "--save-freq", str(args.epochs), "--nproc", "1", *options),
-    ]
-    print("$", " ".join(command), flush=True)
+def script(name: str, *arguments: Any) -> None:
+    """Run one of the project's scripts, shown as a command line; end with its exit code if it fails."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    print("\n$ python", name, *command[2:], flush=True)
     if (code := subprocess.run(command).returncode) != 0:
         sys.exit(code)
 
 
-def score(network, data: Path, image_size: int, num_classes: int) -> tuple[float, float, float]:
-    """kNN accuracy, accuracy with one label of each class, agreement of k-means clusters with the classes."""
-    (known, known_label), (query, label) = (features_of(network, data / split, image_size) for split in ("train", "val"))
-    clustering = cluster(F.normalize(query, dim=1), num_classes, temperature=0.2)
-    return (
-        knn_accuracy(known, known_label, query, label),
-        one_shot_accuracy(known, known_label, query, label),
-        cluster_agreement(clustering.im2cluster, label),
-    )
+def score(network: nn.Module, known: IndexedFolder, query: IndexedFolder, size: int) -> dict[str, float]:
+    """kNN accuracy, accuracy with one label of each class, agreement of clusters and classes, in percent."""
+    (x, y), (q, truth) = features_of(network, known, size), features_of(network, query, size)
+    clustering = cluster(F.normalize(q, dim=1), len(query.classes), temperature=0.2)
+    return {
+        "kNN": 100 * knn_accuracy(x, y, q, truth),
+        "1 label": 100 * one_shot_accuracy(x, y, q, truth),
+        "NMI": 100 * cluster_agreement(clustering.im2cluster, truth),
+    }
 
 
 @torch.no_grad()
-def features_of(network, folder: Path, image_size: int) -> tuple[Tensor, Tensor]:
+def features_of(network: nn.Module, images: IndexedFolder, size: int) -> tuple[Tensor, Tensor]:
     """(N, C) features of the center-cropped images and their (N,) labels, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(network, torch.nn.Module):
-        network = network.to(device)
-    images = IndexedFolder(folder, center_view(image_size))
+    images.transform = center_view(size)
     loader = make_loader(images, range(len(images)), 256, workers=available_cores())
-    features = extract_features(network, track(loader, f"features of {folder}", len(loader)), len(images), device)
+    features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
     return features.cpu(), torch.from_numpy(images.labels)
+
+
+def figures_of(svm: dict[str, Any] | None) -> dict[str, float]:
+    """Mean average precision in percent, from what eval_svm_voc.py wrote."""
+    if svm is None:
+        return {}
+    low_shot = {f"k = {k}": 100 * figures["mean"] for k, figures in svm["low_shot"].items()}
+    return {"SVM": 100 * svm["full"]["map"], **low_shot}
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """A column for each figure, empty where a row has none."""
+    names = list(rows["PCL backbone"])
+    print("\n" + " " * 16 + "".join(f"{name:>9s}" for name in names))
+    for label, figures in rows.items():
+        print(f"{label:16s}" + "".join(f"{figures[name]:9.1f}" if name in figures else " " * 9 for name in names))
+    print()
 
 
 if __name__ == "__main__":

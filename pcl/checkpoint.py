@@ -78,13 +78,16 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location:
     return state
 
 
-def load_backbone(path: str | Path, arch: str | None = None) -> nn.Module:
+def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
     """The query encoder of a checkpoint as a torchvision network without its head (`fc` is the identity), in eval mode.
 
     Args:
         path: a checkpoint of this project or the published one, its keys with or without `module.`, with the v1 or the
             v2 head; or a torchvision state dict.
         arch: its architecture; by default the one that the file names.
+
+    Returns:
+        the network and the name of its architecture.
 
     Raises:
         CheckpointError: also where a key of the backbone is missing or left over: never random weights.
@@ -111,7 +114,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> nn.Module:
             f"of another shape {_some(shapes)}"
         )
     network.load_state_dict(weights)
-    return network
+    return network, arch
 
 
 def backbone(arch: str) -> nn.Module:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
-from pcl.checkpoint import architectures
+from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone
 from pcl.distributed import available_cores, launched_outside, local_processes, total_processes
 from pcl.loader import IndexedFolder
 
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default in (None, False, ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -74,6 +76,36 @@ def add_launch_arguments(parser: Parser) -> None:
     group.add_argument("--seed", type=natural, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
     # fmt: on
+
+
+def add_backbone_arguments(parser: Parser) -> None:
+    """The options that name the frozen network that a script evaluates."""
+    # fmt: off
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--pretrained", default="", metavar="FILE",
+                       help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
+    group.add_argument("--random-init", action="store_true", help="evaluate random weights instead, as a baseline")
+    group.add_argument("-a", "--arch", metavar="NAME", choices=architectures(),
+                       help="by default the one that the file names; resnet50 for random weights")
+    group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
+                       help="side of the center crop, which comes from 8/7 of it")
+    # fmt: on
+
+
+def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
+    """The network that the options name, without its head, in eval mode; and what it is, for the results.
+
+    Raises:
+        CheckpointError: neither or both of a file and --random-init, or a file that does not fit.
+    """
+    if bool(args.pretrained) == args.random_init:
+        raise CheckpointError("--pretrained: name a checkpoint, or evaluate random weights with --random-init")
+    if args.random_init:
+        arch = args.arch or "resnet50"
+        return backbone(arch), {"arch": arch, "weights": "random"}
+    network, arch = load_backbone(args.pretrained, args.arch)
+    digest = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
+    return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
 
 
 def check_launch(parser: Parser, args: argparse.Namespace) -> None:
@@ -130,10 +162,12 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 def integers(text: str) -> list[int]:
     """ "3,4" -> [3, 4], each positive and given once."""
-    values = [positive(part) for part in text.split(",")]
-    if len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
-    return values
+    return _several(text, positive)
+
+
+def costs(text: str) -> list[float]:
+    """ "0.5,1" -> [0.5, 1.0], each positive and given once."""
+    return _several(text, positive_float)
 
 
 def positive(text: str) -> int:
@@ -159,6 +193,13 @@ def nonnegative_float(text: str) -> float:
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _several(text: str, kind):
+    values = [kind(part) for part in text.split(",")]
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
+    return values
 
 
 def _number(text: str, kind: type, holds, wanted: str):

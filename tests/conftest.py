@@ -60,3 +60,24 @@ def two_ranks(tmp_path):
 
 def save_result(args, **result):
     torch.save(result, args.out / f"rank{distributed.get_rank()}.pt")
+
+
+def write_voc_shaped(root):
+    """A VOC-shaped set of 40 + 20 images, 20 pixels wide, of classes "dog" (red) and "train" (green)."""
+    rng = np.random.default_rng(0)
+    folder = root / "VOCdevkit" / "VOC2007"
+    lists, images = folder / "ImageSets" / "Main", folder / "JPEGImages"
+    lists.mkdir(parents=True)
+    images.mkdir()
+    for split, first, count in (("trainval", 1, 40), ("test", 41, 20)):
+        labels = np.array([(1, -1), (-1, 1), (-1, -1), (0, 1)])[rng.choice(4, count, p=[0.5, 0.3, 0.1, 0.1])]
+        names = [f"{first + i:06d}" for i in range(count)]
+        for name, label in zip(names, labels, strict=True):
+            pixels = rng.integers(0, 80, (20, 20, 3), dtype=np.uint8)
+            pixels[:, :, :2] += (150 * (label > 0)).astype(np.uint8)
+            Image.fromarray(pixels).save(images / f"{name}.jpg")
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for column, label in enumerate(("dog", "train")):
+            lines = [f"{name} {value:2d}\n" for name, value in zip(names, labels[:, column], strict=True)]
+            (lists / f"{label}_{split}.txt").write_text("".join(lines))
+    return root

@@ -78,7 +78,8 @@ def test_the_backbone_of_a_published_checkpoint(tmp_path, mlp, prefix):
     for parameter in model.encoder_k.parameters():
         parameter.data.add_(1)  # so that the key encoder would be noticed
     torch.save(published(model, prefix), tmp_path / "c.pt")
-    network = load_backbone(tmp_path / "c.pt")
+    network, arch = load_backbone(tmp_path / "c.pt")
+    assert arch == ARCH
     assert not network.training
     x = torch.randn(2, 3, 32, 32)
     model.encoder_q.fc = torch.nn.Identity()
@@ -88,7 +89,7 @@ def test_the_backbone_of_a_published_checkpoint(tmp_path, mlp, prefix):
 def test_the_backbone_of_a_torchvision_state_dict(tmp_path):
     original = torchvision.models.get_model(ARCH, weights=None)
     torch.save(original.state_dict(), tmp_path / "c.pt")
-    network = load_backbone(tmp_path / "c.pt", ARCH)
+    network, _ = load_backbone(tmp_path / "c.pt", ARCH)
     original.fc = torch.nn.Identity()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(network(x), original.eval()(x))

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GOLDEN
 
-from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy, topk_accuracy
+from pcl.metrics import average_precision, cluster_agreement, knn_accuracy, one_shot_accuracy, topk_accuracy
 
 
 def test_topk_accuracy_counts_rows():
@@ -43,3 +45,46 @@ def test_agreement_does_not_depend_on_names():
     label = torch.tensor([0, 0, 1, 1, 2, 2])
     assert cluster_agreement(torch.tensor([5, 5, 3, 3, 9, 9]), label) == pytest.approx(1)
     assert cluster_agreement(torch.zeros(6, dtype=torch.long), label) == pytest.approx(0)
+
+
+def test_average_precision_is_the_published_one():
+    with np.load(GOLDEN / "average_precision.npz") as golden:
+        count = sum(key.endswith("/ap") for key in golden)
+        assert count > 0
+        for i in range(count):
+            ours = average_precision(golden[f"{i}/targets"], golden[f"{i}/scores"])
+            assert ours == pytest.approx(float(golden[f"{i}/ap"]), abs=1e-9)
+
+
+def slow_average_precision(target, score):
+    """The area, one threshold after the other: the step up in recall times the best precision from there on."""
+    curve = []
+    for threshold in sorted(set(score), reverse=True):
+        taken = [t > 0 for t, s in zip(target, score, strict=True) if s >= threshold]
+        curve.append((sum(taken) / sum(t > 0 for t in target), sum(taken) / len(taken)))
+    area, before = 0.0, 0.0
+    for at, (recall, _) in enumerate(curve):
+        area += (recall - before) * max(precision for _, precision in curve[at:])
+        before = recall
+    return area
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_average_precision_matches_a_slow_transcription_also_with_ties(levels):
+    rng = np.random.default_rng(levels)
+    for _ in range(100):
+        n = int(rng.integers(1, 40))
+        target = rng.choice([1, 0, -1], n)
+        target[rng.integers(n)] = 1
+        score = rng.integers(levels, size=n) / levels
+        ours = average_precision(target, score)
+        assert ours == pytest.approx(slow_average_precision(target, score), abs=1e-9)
+        order = rng.permutation(n)
+        assert ours == pytest.approx(average_precision(target[order], score[order]), abs=1e-12)
+
+
+def test_average_precision_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no positive"):
+        average_precision(np.array([-1, 0]), np.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match="finite"):
+        average_precision(np.array([1, 0]), np.array([np.nan, 0.2]))

@@ -1,22 +1,33 @@
 import re
-import runpy
 import sys
 
 import numpy as np
 from PIL import Image
 
-from pcl.samples import SOURCE
+from pcl import samples
+from pcl.voc import VOCSplit
 
 
-def test_the_images_are_written_as_a_balanced_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["samples", str(tmp_path / "new folder")])
-    runpy.run_module("pcl.samples", run_name="__main__")
+def test_the_images_are_written_as_a_balanced_folder_and_as_collages(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "new folder"
+    monkeypatch.setattr(sys, "argv", ["samples", str(root)])
+    samples.main()
     assert re.findall(r"\d+ images", capsys.readouterr().out) == ["4000 images", "1000 images"]
-    with np.load(SOURCE) as samples:
+    with np.load(samples.SOURCE) as source:
         for split, each in (("train", 400), ("val", 100)):
-            folders = sorted((tmp_path / "new folder" / split).iterdir())
-            assert [f.name for f in folders] == sorted(samples["classes"])
+            folders = sorted((root / split).iterdir())
+            assert [f.name for f in folders] == sorted(source["classes"])
             assert [len(list(f.iterdir())) for f in folders] == [each] * 10
-            image, label = samples[f"{split}_images"][7], samples["classes"][samples[f"{split}_labels"][7]]
-            written = Image.open(tmp_path / "new folder" / split / label / "0007.png")
-            np.testing.assert_array_equal(np.asarray(written), image)
+            image, label = source[f"{split}_images"][7], source["classes"][source[f"{split}_labels"][7]]
+            np.testing.assert_array_equal(np.asarray(Image.open(root / split / label / "0007.png")), image)
+
+    train, test = (VOCSplit(root, split, np.asarray) for split in ("trainval", "test"))
+    assert (len(train), len(test)) == (1000, 500)
+    for collages in (train, test):
+        assert (collages.labels > 0).sum(axis=0).min() >= 16  # enough for every low-shot draw
+        assert (collages.labels == 0).any(axis=0).all()  # difficult ones of every class
+        shown = (collages.labels >= 0).sum(axis=1)
+        assert shown.min() == 1
+        assert shown.max() == 4
+        assert {collages[i][0].shape for i in range(5)} == {(56, 56, 3)}
+    assert not set(train.names) & set(test.names)

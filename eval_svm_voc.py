@@ -1,0 +1,257 @@
+"""Linear SVMs on frozen features: mean average precision on VOC2007, with all training images or k of each class.
+
+    python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar DIR             (--download fetches VOC2007 into DIR)
+    python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar --low-shot DIR
+
+The cheapest run, half a minute on two CPU cores, on the collages that `make demo` has written:
+
+    python eval_svm_voc.py --random-init --arch resnet18 --image-size 64 demo/voc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from pcl import checkpoint, cli, voc
+from pcl.builder import extract_features
+from pcl.distributed import available_cores, seed_everything
+from pcl.loader import UnreadableImageError, center_view, make_loader
+from pcl.logs import describe_machine, log, track, versions
+from pcl.metrics import average_precision
+
+SHOTS = (1, 2, 4, 8, 16)
+DRAWS = 5
+FOLDS = 3
+
+# N training and Q test images, C features.
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the SVMs see."""
+
+    train: np.ndarray  # (N, C) float32, of almost unit length
+    train_labels: np.ndarray  # (N, classes): 1, -1 or 0 (difficult)
+    test: np.ndarray  # (Q, C)
+    test_labels: np.ndarray  # (Q, classes)
+    classes: list[str]
+
+
+class Job(NamedTuple):
+    """One SVM: fitted to some training images, it scores others of them, or the test set."""
+
+    rows: np.ndarray  # training images, possibly the same more than once
+    label: int  # number of the class
+    cost: float
+    held_out: np.ndarray | None = None  # training images to score; None: the test set
+
+
+def get_parser() -> cli.Parser:
+    """The command line."""
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
+    parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, as far as it is not there")
+    cli.add_backbone_arguments(parser)
+    parser.add_argument("--low-shot", action="store_true",
+                        help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
+    parser.add_argument("--cost", type=cli.costs, default="0.5", metavar="C,C,..",
+                        help="cost of the SVMs; of several, cross-validation on the training images chooses one")
+    parser.add_argument("--ignore-difficult", action="store_true",
+                        help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
+    parser.add_argument("--seed", type=cli.natural, default=0, metavar="N", help="of the draws, the SVMs and a random network")
+    parser.add_argument("--batch-size", type=cli.positive, default=128, metavar="N", help="images passed through at once")
+    parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+    # fmt: on
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    if not args.download and not args.data.is_dir():
+        parser.error(f"DIR {args.data}: no such folder; --download makes it")
+    try:
+        evaluate(args)
+    except (voc.VOCError, checkpoint.CheckpointError, UnreadableImageError) as error:
+        parser.error(str(error))
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the options ask for; returns what --output writes."""
+    seed_everything(args.seed)
+    network, source = cli.open_backbone(args)
+    if args.download:
+        voc.download(args.data)
+    view = center_view(args.image_size)
+    train, test = voc.VOCSplit(args.data, "trainval", view), voc.VOCSplit(args.data, "test", view)
+    check(train, test, max(SHOTS) if args.low_shot else 1)
+    log(f"machine: {describe_machine()}")
+    log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
+
+    start = time.monotonic()
+    vectors = [features_of(network, split, args) for split in (train, test)]
+    features = Features(vectors[0], train.labels, vectors[1], test.labels, train.classes)
+    extracted = time.monotonic()
+    log(f"features: {vectors[0].shape[1]} of each image, {extracted - start:.1f} s")
+
+    figures = {"low_shot": low_shot(features, args)} if args.low_shot else {"full": full(features, args)}
+    seconds = {"features": extracted - start, "svm": time.monotonic() - extracted}
+    log(f"seconds: {seconds['features']:.1f} for the features, {seconds['svm']:.1f} for the SVMs")
+    result = {
+        "settings": {name: str(value) for name, value in vars(args).items()},
+        "versions": versions(),
+        "checkpoint": source,
+        "classes": train.classes,
+        **figures,
+        "seconds": seconds,
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def check(train: voc.VOCSplit, test: voc.VOCSplit, shots: int) -> None:
+    """Every class must be shown often enough."""
+    for split, name, least in ((train, "trainval", shots), (test, "test", 1)):
+        for label, count in zip(split.classes, (split.labels > 0).sum(axis=0), strict=True):
+            if count < least:
+                raise voc.VOCError(f"class {label} has {count} positive images in {name}; {least} are needed")
+
+
+def features_of(network: nn.Module, images: voc.VOCSplit, args: argparse.Namespace) -> np.ndarray:
+    """(N, C) float32 features, divided by their length plus 1e-5, as published."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = make_loader(images, range(len(images)), args.batch_size, args.num_workers)
+    features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
+    features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
+    return features.cpu().numpy()
+
+
+def full(features: Features, args: argparse.Namespace) -> dict[str, Any]:
+    """Train on all training images."""
+    rows = np.arange(len(features.train))
+    by_cost = {cost: precisions(features, [rows], cost, args)[0] for cost in args.cost}
+    cost = choose_cost(features, [rows], args)
+    for name, ap in by_cost[cost].items():
+        log(f"  {name:20s} AP {100 * ap:5.1f}")
+    for other, ap in by_cost.items():
+        log(f"cost {other:g}{' (chosen)' if other == cost and len(by_cost) > 1 else ''}: mAP {100 * mean_of(ap):.1f}")
+    return {
+        "cost": cost,
+        "map": mean_of(by_cost[cost]),
+        "ap": by_cost[cost],
+        "by_cost": {str(c): {"map": mean_of(ap), "ap": ap} for c, ap in by_cost.items()},
+    }
+
+
+def low_shot(features: Features, args: argparse.Namespace) -> dict[str, Any]:
+    """Train on k images of each class, several draws of them."""
+    result = {}
+    log(f"{'k':>3s}  {'mAP':>5s}  {'std':>5s}   mean and standard deviation over {DRAWS} draws")
+    for k in SHOTS:
+        draws = [voc.draw_low_shot(features.train_labels, k, args.seed, draw) for draw in range(DRAWS)]
+        by_cost = {cost: precisions(features, draws, cost, args) for cost in args.cost}
+        cost = choose_cost(features, draws, args)
+        summary = {
+            str(c): {**spread(aps), "draws": [{"map": mean_of(ap), "ap": ap} for ap in aps]} for c, aps in by_cost.items()
+        }
+        chosen = summary[str(cost)]
+        result[str(k)] = {"cost": cost, "mean": chosen["mean"], "std": chosen["std"], "by_cost": summary}
+        others = "".join(f"   cost {c}: {100 * s['mean']:.1f}" for c, s in summary.items()) if len(by_cost) > 1 else ""
+        log(f"{k:3d}  {100 * chosen['mean']:5.1f}  {100 * chosen['std']:5.1f}{others}")
+    return result
+
+
+def precisions(features: Features, draws: list[np.ndarray], cost: float, args: argparse.Namespace) -> list[dict[str, float]]:
+    """For each draw of training images, the average precision of each class on the test set."""
+    jobs = [Job(rows, label, cost) for rows in draws for label in range(len(features.classes))]
+    scores = iter(run(features, jobs, args))
+    result = []
+    for _ in draws:
+        ap = {}
+        for label, name in enumerate(features.classes):
+            truth, score = features.test_labels[:, label], next(scores)
+            counted = truth != 0 if args.ignore_difficult else np.full(len(truth), True)  # published: 0 is negative
+            ap[name] = average_precision(truth[counted], score[counted])
+        result.append(ap)
+    return result
+
+
+def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Namespace) -> float:
+    """The cost of best mean average precision in cross-validation on the training images; of one, that one.
+
+    Draws with fewer than a positive image for each fold cannot tell: then the first of --cost.
+    """
+    shown = [(rows, label, features.train_labels[rows, label] > 0) for rows in draws for label in range(len(features.classes))]
+    if len(args.cost) == 1 or min(min(positive.sum(), (~positive).sum()) for *_, positive in shown) < FOLDS:
+        return args.cost[0]
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed)
+    splits = [
+        (rows[fit], label, rows[held]) for rows, label, positive in shown for fit, held in folds.split(positive, positive)
+    ]
+    quality = {}
+    for cost in args.cost:
+        scores = run(features, [Job(fit, label, cost, held) for fit, label, held in splits], args)
+        aps = [
+            average_precision(features.train_labels[held, label], score)
+            for (_, label, held), score in zip(splits, scores, strict=True)
+        ]
+        quality[cost] = float(np.mean(aps))
+    return max(quality, key=quality.__getitem__)
+
+
+def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[np.ndarray]:
+    """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
+    parallel = Parallel(n_jobs=available_cores(), return_as="generator")
+    return list(track(parallel(delayed(svm_scores)(features, job, args.seed) for job in jobs), "SVMs", len(jobs)))
+
+
+def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
+    """Fit the published SVM; decision values (Q,) of the images to score.
+
+    Where every image shows the class (a small draw of two that often meet), nothing can be learnt: all score alike.
+    """
+    positive = np.where(features.train_labels[job.rows, job.label] > 0, 1, -1)  # published: difficult is negative
+    scored = features.test if job.held_out is None else features.train[job.held_out]
+    if positive.min() == 1:
+        return np.zeros(len(scored))
+    svm = LinearSVC(
+        penalty="l2", loss="squared_hinge", dual=True, C=job.cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0,
+        tol=1e-4, max_iter=2000, random_state=seed,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of iterations is meant to be met
+        svm.fit(features.train[job.rows], positive)
+    return svm.decision_function(scored)
+
+
+def mean_of(ap: dict[str, float]) -> float:
+    """mAP."""
+    return float(np.mean(list(ap.values())))
+
+
+def spread(aps: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and standard deviation (of the draws themselves, not an estimate for more of them) of mAP."""
+    maps = [mean_of(ap) for ap in aps]
+    return {"mean": float(np.mean(maps)), "std": float(np.std(maps))}
+
+
+if __name__ == "__main__":
+    main()

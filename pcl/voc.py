@@ -1,0 +1,144 @@
+"""VOC2007 classification: labels as the devkit keeps them, images by name, low-shot draws.
+
+Any folder of this shape will do; its classes are those that ImageSets/Main lists:
+
+    DIR/VOCdevkit/VOC2007/JPEGImages/000005.jpg
+    DIR/VOCdevkit/VOC2007/ImageSets/Main/{trainval,test}.txt              a name in each line
+    DIR/VOCdevkit/VOC2007/ImageSets/Main/<class>_{trainval,test}.txt      a name and 1, -1 or 0 (difficult)
+
+Letters: N images.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.utils import download_url
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+from pcl.loader import read_image
+
+
+class VOCError(ValueError):
+    """Files that are missing or do not say what they must; the message names file and remedy."""
+
+
+class VOCSplit(Dataset):
+    """One split of a VOC-shaped folder.
+
+    Args:
+        root: DIR, the folder that holds VOCdevkit.
+        split: "trainval" or "test".
+        transform: from a PIL image (RGB) to what is returned with the image's index.
+
+    Attributes:
+        classes: names, sorted.
+        names: of the N images.
+        labels: (N, classes) int8: 1 shown, -1 not, 0 difficult.
+
+    Raises:
+        VOCError: a list, a label or an image is missing or wrong.
+    """
+
+    def __init__(self, root: str | Path, split: str, transform: Callable[[Image.Image], Any]) -> None:
+        folder = Path(root) / "VOCdevkit" / "VOC2007"
+        lists, self._images, self.transform = folder / "ImageSets" / "Main", folder / "JPEGImages", transform
+        self.names = [line.split()[0] for line in _lines(lists / f"{split}.txt")]
+        if len(set(self.names)) < len(self.names):
+            raise VOCError(f"{lists / f'{split}.txt'} names an image twice")
+        if not self.names:
+            raise VOCError(f"{lists / f'{split}.txt'} names no image")
+        # A class may be called "train": "train_trainval.txt" is its list.
+        self.classes = sorted(path.name.removesuffix("_trainval.txt") for path in lists.glob("?*_trainval.txt"))
+        if not self.classes:
+            raise VOCError(f"{lists} holds no <class>_trainval.txt")
+        columns = [_read_labels(lists / f"{name}_{split}.txt", self.names) for name in self.classes]
+        self.labels = np.stack(columns, axis=1)
+        have = {path.name for path in self._images.glob("*.jpg")}
+        absent = [name for name in self.names if f"{name}.jpg" not in have]
+        if absent:
+            raise VOCError(f"{len(absent)} images of {split} are missing, the first {self._images / f'{absent[0]}.jpg'}{HINT}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(read_image(self._images / f"{self.names[index]}.jpg")), index
+
+
+HINT = "; --download fetches VOC2007"
+
+
+def draw_low_shot(labels: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
+    """For each class k random images that show it; their union, with an image drawn for two classes standing there twice.
+
+    Args:
+        labels: (N, classes), above 0 where the image shows the class.
+        k: images for each class.
+        seed, draw: other numbers, other images.
+
+    Returns:
+        (classes * k,) indices of images.
+
+    Raises:
+        VOCError: a class with fewer than k images.
+    """
+    generator = np.random.default_rng((seed, k, draw))
+    shows = [np.flatnonzero(column > 0) for column in labels.T]
+    if min(map(len, shows)) < k:
+        raise VOCError(f"a class with {min(map(len, shows))} images cannot give {k} of them")
+    return np.concatenate([generator.choice(images, k, replace=False) for images in shows])
+
+
+def download(root: str | Path) -> None:
+    """Fetch the archives of VOC2007 that are not there whole, and unpack them into `root`/VOCdevkit.
+
+    The two that hold images and labels; the third official one holds MATLAB programs, which nothing here needs.
+
+    Raises:
+        VOCError: an archive that cannot be fetched, or that does not have its checksum.
+    """
+    Path(root).mkdir(parents=True, exist_ok=True)
+    for name in ("2007", "2007-test"):
+        source = DATASET_YEAR_DICT[name]
+        archive = Path(root) / source["filename"]
+        try:
+            download_url(source["url"], str(root), archive.name, source["md5"])  # skips a file that has its checksum
+        except (OSError, RuntimeError) as error:
+            raise VOCError(f"{source['url']} cannot be fetched: {error}; the same command goes on from here") from error
+        unpack(archive, Path(root))
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Extract a tar archive below `root`; a member that would leave it is an error (VOCError) and is not written."""
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+    except tarfile.TarError as error:
+        raise VOCError(f"{archive} cannot be unpacked: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise VOCError(f"{path}: no such file{HINT}") from None
+
+
+def _read_labels(path: Path, names: list[str]) -> np.ndarray:
+    labels = {}
+    for number, line in enumerate(_lines(path), start=1):
+        fields = line.split()
+        if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
+            raise VOCError(f"{path}, line {number}: {line.strip()!r} is not a name and 1, -1 or 0")
+        labels[fields[0]] = int(fields[1])
+    without = [name for name in names if name not in labels]
+    if without:
+        raise VOCError(f"{path} lacks {len(without)} of the {len(names)} images, the first {without[0]}")
+    return np.array([labels[name] for name in names], dtype=np.int8)

@@ -1,0 +1,179 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import write_voc_shaped
+from sklearn.svm import LinearSVC
+
+import eval_svm_voc
+from eval_svm_voc import Features, Job, choose_cost, precisions, run, spread
+from pcl.builder import MoCo
+from pcl.metrics import average_precision
+
+ARCH = "shufflenet_v2_x0_5"
+
+
+@pytest.fixture(scope="module")
+def voc_root(tmp_path_factory):
+    return write_voc_shaped(tmp_path_factory.mktemp("voc"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A seeded network in the published form."""
+    torch.manual_seed(0)
+    model = MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pth.tar"
+    torch.save({"epoch": 1, "arch": ARCH, "state_dict": state, "optimizer": {}}, path)
+    return path
+
+
+def script(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["eval_svm_voc.py", *map(str, options)])
+    eval_svm_voc.main()
+
+
+def args_of(*options):
+    return eval_svm_voc.get_parser().parse_args(["DIR", *options])
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Two classes that the features tell apart, roughly; the third image in ten is difficult."""
+    rng = np.random.default_rng(0)
+    labels = [rng.choice([1, -1, 0], (n, 2), p=[0.4, 0.5, 0.1]) for n in (60, 50)]
+    x = [(0.7 * (y > 0) @ np.ones((2, 4)) + rng.normal(size=(len(y), 4))).astype(np.float32) for y in labels]
+    return Features(x[0], labels[0], x[1], labels[1], ["dog", "train"])
+
+
+@pytest.mark.slow
+def test_the_script_from_end_to_end(voc_root, pretrained, tmp_path, monkeypatch, capsys):
+    options = [voc_root, "--pretrained", pretrained, "--image-size", 32, "--num-workers", 0]
+    script(monkeypatch, *options, "--output", tmp_path / "new" / "full.json")
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "new" / "full.json").read_text())
+    assert result["classes"] == ["dog", "train"]
+    assert result["checkpoint"].keys() == {"arch", "weights", "sha256"}
+    assert result["checkpoint"]["arch"] == ARCH
+    full = result["full"]
+    assert full["map"] == pytest.approx(np.mean(list(full["ap"].values())))
+    assert full["by_cost"].keys() == {"0.5"}
+    assert f"mAP {100 * full['map']:.1f}" in printed
+    assert "SVMs" in printed
+
+    monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 2))
+    script(monkeypatch, *options, "--low-shot", "--output", tmp_path / "low.json")
+    printed = capsys.readouterr().out
+    low = json.loads((tmp_path / "low.json").read_text())["low_shot"]
+    assert low.keys() == {"1", "2"}
+    for k, figures in low.items():
+        maps = [draw["map"] for draw in figures["by_cost"]["0.5"]["draws"]]
+        assert len(maps) == 5
+        assert figures["mean"] == pytest.approx(np.mean(maps))
+        assert figures["std"] == pytest.approx(np.std(maps))
+        assert f"{k:>3s}  {100 * figures['mean']:5.1f}  {100 * figures['std']:5.1f}" in printed
+
+
+def test_the_svms_are_the_published_ones_and_parallel_makes_no_difference(features):
+    rows = np.array([0, 5, 5, *range(10, 40)])
+    args = args_of("--seed", "3")
+    jobs = [Job(rows, label, cost) for label in (0, 1) for cost in (0.5, 2.0)]
+    for job, scores in zip(jobs, run(features, jobs, args), strict=True):
+        svm = LinearSVC(C=job.cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=3)
+        svm.fit(features.train[rows], np.where(features.train_labels[rows, job.label] == 1, 1, -1))
+        np.testing.assert_array_equal(scores, svm.decision_function(features.test))
+
+
+def test_an_svm_that_saw_only_images_of_its_class_scores_all_alike(features):
+    rows = np.flatnonzero(features.train_labels[:, 0] > 0)
+    assert not run(features, [Job(rows, 0, 0.5)], args_of())[0].any()
+    ap = precisions(features, [rows], 0.5, args_of())[0]["dog"]
+    assert ap == pytest.approx((features.test_labels[:, 0] > 0).mean())  # what chance gives
+
+
+def test_difficult_images_count_as_negative_or_not_at_all(features):
+    rows = np.arange(60)
+    counted, left_out = (precisions(features, [rows], 0.5, args_of(*o))[0] for o in ([], ["--ignore-difficult"]))
+    for label, name in enumerate(features.classes):
+        scores = run(features, [Job(rows, label, 0.5)], args_of())[0]
+        truth = features.test_labels[:, label]
+        assert (truth == 0).any()
+        assert counted[name] == average_precision(np.where(truth > 0, 1, -1), scores)
+        assert left_out[name] == average_precision(truth[truth != 0], scores[truth != 0])
+
+
+def test_several_costs_are_told_apart_on_the_training_images_alone(features):
+    noise = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)
+    args = args_of("--cost", "0.00001,0.5")
+    rows = np.arange(60)
+    assert choose_cost(noise, [rows], args) in args.cost
+    shuffled = Features(features.train, features.train_labels, features.test, -features.test_labels, features.classes)
+    assert choose_cost(features, [rows], args) == choose_cost(shuffled, [rows], args)
+    few = np.flatnonzero(features.train_labels.min(axis=1) == 1)[:2]
+    assert choose_cost(features, [np.append(few, [3, 4, 5])], args) == 0.00001  # two positives: the first cost
+    assert choose_cost(features, [rows], args_of("--cost", "7")) == 7
+
+
+def test_spread_is_that_of_the_draws():
+    assert spread([{"a": 0.1, "b": 0.3}, {"a": 0.5, "b": 0.3}]) == pytest.approx({"mean": 0.3, "std": 0.1})
+
+
+def test_features_are_divided_by_their_length(voc_root, pretrained):
+    args = args_of("--pretrained", str(pretrained), "--image-size", "32", "--num-workers", "0")
+    network, _ = eval_svm_voc.cli.open_backbone(args)
+    images = eval_svm_voc.voc.VOCSplit(voc_root, "test", eval_svm_voc.center_view(32))
+    ours = eval_svm_voc.features_of(network, images, args)
+    with torch.no_grad():
+        raw = network(torch.stack([images[i][0] for i in range(20)]))
+    torch.testing.assert_close(torch.from_numpy(ours), raw / (raw.norm(dim=1, keepdim=True) + 1e-5))
+
+
+def spoil_nothing(root):
+    pass
+
+
+def remove_positives(root):
+    path = root / "VOCdevkit/VOC2007/ImageSets/Main/dog_test.txt"
+    path.write_text(path.read_text().replace("  1", " -1"))
+
+
+def break_image(root):
+    (root / "VOCdevkit/VOC2007/JPEGImages/000003.jpg").write_bytes(b"no image")
+
+
+WRONG = {
+    "no folder": ("nowhere --random-init", spoil_nothing, "DIR nowhere: no such folder; --download makes it"),
+    "not a VOC folder": ("{parent} --random-init", spoil_nothing, "no such file; --download fetches VOC2007"),
+    "no weights named": ("{root}", spoil_nothing, "--random-init"),
+    "both": ("{root} --random-init --pretrained {checkpoint}", spoil_nothing, "--random-init"),
+    "no such checkpoint": ("{root} --pretrained nowhere.pth", spoil_nothing, "nowhere.pth: no such file"),
+    "another network": ("{root} --pretrained {checkpoint} -a resnet18", spoil_nothing, "does not fit resnet18: missing"),
+    "no positive": ("{root} --random-init -a resnet18", remove_positives, "class dog has 0 positive images in test"),
+    "k too large": ("{root} --random-init -a resnet18 --low-shot", spoil_nothing, "positive images in trainval; 30 are needed"),
+    "unreadable image": ("{root} --random-init -a resnet18 --num-workers 0", break_image, "cannot read the image"),
+    "a cost of 0": ("{root} --random-init --cost 0.5,0", spoil_nothing, "--cost: '0' is not a number above 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "spoil", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 30))
+    root = shutil.copytree(voc_root, tmp_path / "voc")
+    spoil(root)
+    places = {"root": root, "parent": tmp_path, "checkpoint": pretrained}
+    with pytest.raises(SystemExit) as stop:
+        script(monkeypatch, *options.format(**places).split(), "--image-size", 32, "--output", tmp_path / "o.json")
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1]
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_the_defaults_are_the_published_ones():
+    args = args_of()
+    assert (args.cost, args.seed, args.batch_size, args.num_workers, args.low_shot) == ([0.5], 0, 128, 8, False)

@@ -1,0 +1,153 @@
+import functools
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from conftest import write_voc_shaped
+
+from pcl import voc
+from pcl.voc import VOCError, VOCSplit, draw_low_shot
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_voc_shaped(tmp_path / "data")
+
+
+def lists(root):
+    return root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+
+
+def test_labels_and_images_are_read_as_the_devkit_keeps_them(root):
+    train, test = (VOCSplit(root, split, np.asarray) for split in ("trainval", "test"))
+    assert train.classes == test.classes == ["dog", "train"]  # a class may be called train
+    assert train.names[0] == "000001"
+    assert (len(train), len(test)) == (40, 20)
+    for split, name in ((train, "trainval"), (test, "test")):
+        for column, label in enumerate(split.classes):
+            lines = (lists(root) / f"{label}_{name}.txt").read_text().splitlines()
+            assert split.labels[:, column].tolist() == [int(line.split()[1]) for line in lines]
+    assert set(np.unique(train.labels)) == {-1, 0, 1}
+    pixels, index = test[3]
+    assert (pixels.shape, index) == ((20, 20, 3), 3)
+
+
+def test_line_ends_and_the_order_of_labels_do_not_matter(root):
+    expected = VOCSplit(root, "trainval", np.asarray).labels
+    for path in lists(root).glob("*.txt"):
+        lines = path.read_text().splitlines()
+        if path.name == "dog_trainval.txt":
+            lines.reverse()
+        path.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    np.testing.assert_array_equal(VOCSplit(root, "trainval", np.asarray).labels, expected)
+
+
+def cut(path, keep):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
+
+
+def relabel(path, label):
+    path.write_text(path.read_text().replace(" -1", f" {label}", 1))
+
+
+WRONG = {
+    "no folder": (lambda root: (lists(root) / "trainval.txt").unlink(), r"trainval\.txt: no such file; --download"),
+    "an image is missing": (
+        lambda root: (root / "VOCdevkit/VOC2007/JPEGImages/000007.jpg").unlink(),
+        r"1 images of trainval are missing, the first .*000007\.jpg; --download",
+    ),
+    "a class file is short": (
+        lambda root: cut(lists(root) / "dog_trainval.txt", 38),
+        r"dog_trainval\.txt lacks 2 of the 40 images, the first 000039",
+    ),
+    "a label is 2": (
+        lambda root: relabel(lists(root) / "dog_trainval.txt", 2),
+        r"dog_trainval\.txt, line \d+: '.* 2' is not a name and 1, -1 or 0",
+    ),
+    "a label is missing": (lambda root: relabel(lists(root) / "dog_trainval.txt", ""), r"dog_trainval\.txt, line"),
+    "a split is empty": (lambda root: cut(lists(root) / "trainval.txt", 0), r"trainval\.txt names no image"),
+    "an image twice": (
+        lambda root: (lists(root) / "trainval.txt").write_text("000001\n000001\n"),
+        r"trainval\.txt names an image twice",
+    ),
+    "no classes": (lambda root: [p.unlink() for p in lists(root).glob("*_trainval.txt")], r"holds no <class>_trainval"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named(root, spoil, message):
+    spoil(root)
+    with pytest.raises(VOCError, match=message):
+        VOCSplit(root, "trainval", np.asarray)
+
+
+def test_low_shot_draws_k_images_that_show_each_class():
+    labels = np.where(np.random.default_rng(0).random((200, 5)) < 0.2, 1, -1)
+    labels[:50, 2] = 0  # difficult: does not show it
+    for k in (1, 2, 8):
+        drawn = draw_low_shot(labels, k, seed=0, draw=0).reshape(5, k)
+        for column, images in enumerate(drawn):
+            assert (labels[images, column] == 1).all()
+            assert len(set(images)) == k
+        np.testing.assert_array_equal(drawn.ravel(), draw_low_shot(labels, k, seed=0, draw=0))
+        for other in ((1, 0), (0, 1)):
+            assert not np.array_equal(drawn.ravel(), draw_low_shot(labels, k, *other))
+    least = int((labels == 1).sum(0).min())
+    with pytest.raises(VOCError, match=f"a class with {least} images cannot give {least + 1}"):
+        draw_low_shot(labels, least + 1, 0, 0)
+
+
+def test_an_image_drawn_for_two_classes_stands_there_twice():
+    labels = np.array([[1, 1], [-1, -1]])
+    assert draw_low_shot(labels, 1, 0, 0).tolist() == [0, 0]
+
+
+def archive(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "VOCdevkit/../../outside.txt"])
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
+    archive(tmp_path / "a.tar", {name: b"x"})
+    (tmp_path / "data").mkdir()
+    with pytest.raises(VOCError, match="cannot be unpacked"):
+        voc.unpack(tmp_path / "a.tar", tmp_path / "data")
+    assert not (tmp_path / "outside.txt").exists()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address at which the files of tmp_path are served, on this machine alone."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_a_download_checks_and_goes_on(tmp_path, server, monkeypatch):
+    sources = {}
+    for name, file in (("2007", "trainval.tar"), ("2007-test", "test.tar")):
+        archive(tmp_path / file, {f"VOCdevkit/{name}.txt": name.encode()})
+        digest = hashlib.md5((tmp_path / file).read_bytes()).hexdigest()
+        sources[name] = {"url": f"{server}/{file}", "filename": file, "md5": digest}
+    monkeypatch.setattr(voc, "DATASET_YEAR_DICT", sources)
+    root = tmp_path / "new"
+
+    whole = (tmp_path / "test.tar").read_bytes()
+    (tmp_path / "test.tar").write_bytes(whole[:1000])  # the connection broke
+    with pytest.raises(VOCError, match=r"test\.tar cannot be fetched: .*goes on from here"):
+        voc.download(root)
+    assert (root / "VOCdevkit" / "2007.txt").read_text() == "2007"
+    (tmp_path / "test.tar").write_bytes(whole)
+    (tmp_path / "trainval.tar").unlink()  # not asked for again
+    voc.download(root)
+    assert (root / "VOCdevkit" / "2007-test.txt").read_text() == "2007-test"
