@@ -55,7 +55,7 @@ class Row:
 
 
 def low_shot() -> Row:
-    """Low-shot evaluation of a ResNet-18 on 1,000 + 500 collages of 112 pixels: training features once, or anew for each draw."""
+    """Low-shot evaluation of a ResNet-18 on 1,000 + 500 collages of 112 pixels, features once or anew for each draw."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
         write_image_folder(root)
