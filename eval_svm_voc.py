@@ -3,9 +3,10 @@
     python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar DIR             (--download fetches VOC2007 into DIR)
     python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar --low-shot DIR
 
-The cheapest run, half a minute on two CPU cores, on the collages that `make demo` has written:
+The cheapest run, half a minute on two CPU cores, on collages of the images that come with the package:
 
-    python eval_svm_voc.py --random-init --arch resnet18 --image-size 64 demo/voc
+    python -m pcl.samples samples
+    python eval_svm_voc.py --random-init --arch resnet18 --image-size 64 samples
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def get_parser() -> cli.Parser:
                         help="cost of the SVMs; of several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=cli.natural, default=0, metavar="N", help="of the draws, the SVMs and a random network")
+    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
     parser.add_argument("--batch-size", type=cli.positive, default=128, metavar="N", help="images passed through at once")
     parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
@@ -86,6 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.download and not args.data.is_dir():
         parser.error(f"DIR {args.data}: no such folder; --download makes it")
+    if args.output and args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file")
     try:
         evaluate(args)
     except (voc.VOCError, checkpoint.CheckpointError, UnreadableImageError) as error:
@@ -96,10 +99,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the options ask for; returns what --output writes."""
     seed_everything(args.seed)
     network, source = cli.open_backbone(args)
-    if args.download:
-        voc.download(args.data)
-    view = center_view(args.image_size)
-    train, test = voc.VOCSplit(args.data, "trainval", view), voc.VOCSplit(args.data, "test", view)
+    train, test = open_splits(args)
     check(train, test, max(SHOTS) if args.low_shot else 1)
     log(f"machine: {describe_machine()}")
     log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
@@ -125,6 +125,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def open_splits(args: argparse.Namespace) -> list[voc.VOCSplit]:
+    """Training and test images; fetched first if they are not there and --download is given."""
+    view = center_view(args.image_size)
+    try:
+        return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
+    except voc.VOCError:
+        if not args.download:
+            raise
+        voc.download(args.data)
+        return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
 
 
 def check(train: voc.VOCSplit, test: voc.VOCSplit, shots: int) -> None:
@@ -199,7 +211,10 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
 
     Draws with fewer than a positive image for each fold cannot tell: then the first of --cost.
     """
-    shown = [(rows, label, features.train_labels[rows, label] > 0) for rows in draws for label in range(len(features.classes))]
+    distinct = [np.unique(rows) for rows in draws]  # an image drawn twice would stand on both sides of a fold
+    shown = [
+        (rows, label, features.train_labels[rows, label] > 0) for rows in distinct for label in range(len(features.classes))
+    ]
     if len(args.cost) == 1 or min(min(positive.sum(), (~positive).sum()) for *_, positive in shown) < FOLDS:
         return args.cost[0]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed)

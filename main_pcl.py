@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,16 @@ from pcl import checkpoint, cli
 from pcl.builder import MoCo, extract_features
 from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import get_rank, get_world_size, is_main, launch, local_processes, seed_everything, shared_map
-from pcl.loader import EpochSampler, IndexedFolder, TwoViews, center_view, make_loader, random_view, share_of_rank
+from pcl.loader import (
+    EpochSampler,
+    IndexedFolder,
+    TwoViews,
+    UnreadableImageError,
+    center_view,
+    make_loader,
+    random_view,
+    share_of_rank,
+)
 from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
@@ -71,7 +81,10 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     check(parser, args)
-    launch(train, args)
+    try:
+        launch(train, args)
+    except UnreadableImageError as error:
+        parser.exit(1, f"{error}; mend or remove the file\n")
 
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> None:
@@ -95,7 +108,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             parser.error(f"--resume: {error}")
         if state["epoch"] >= args.epochs:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
-        args.seed = state.get("seed") if args.seed is None else args.seed
+        if args.seed is None:
+            args.seed, args.deterministic = state.get("seed"), state.get("deterministic", False)
+    elif args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     elif args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
     if args.exp_dir.exists() and not args.exp_dir.is_dir():
@@ -106,7 +122,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
     record = RunLog(args.exp_dir, vars(args))
     train_set = IndexedFolder(args.data / "train", TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
-    center_set = IndexedFolder(args.data / "train", center_view(args.image_size))
+    center_set = train_set.with_transform(center_view(args.image_size))
     nproc = local_processes(args)
     batch, workers = args.batch_size // nproc, -(-args.workers // nproc)
     sampler = EpochSampler(train_set, args.seed)
@@ -118,11 +134,12 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(parallel.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     if args.resume:
-        state = checkpoint.load_for_resume(args.resume, model, args.arch, device)
+        state = checkpoint.load_for_resume(args.resume, model, args.arch)
         parallel.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
         args.start_epoch = state["epoch"]
-    introduce(args, len(train_set), len(train_set.classes), len(train_loader), device)
+        del state  # as large as the model
+    introduce(args, train_set, len(train_loader), device, record)
 
     for epoch in range(args.start_epoch, args.epochs):
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
@@ -142,7 +159,8 @@ def e_step(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace
     label = f"E-step {epoch + 1}/{args.epochs}"
     features = extract_features(model, track(loader, label, len(loader)), num_images, model.queue.device)  # (N, C)
     between = time.monotonic()
-    clusterings = cluster_all(features, args.num_cluster, args.temperature, share=shared_map)
+    share = partial(shared_map, track=lambda jobs: track(jobs, f"{label} k-means", len(jobs)))
+    clusterings = cluster_all(features, args.num_cluster, args.temperature, share=share)
     seconds = {"features_seconds": between - start, "kmeans_seconds": time.monotonic() - between}
     record.write(epoch=epoch, **seconds)
     log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
@@ -205,26 +223,38 @@ def save(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, epoch
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "seed": args.seed,
+        "deterministic": args.deterministic,
         "args": {name: str(value) for name, value in vars(args).items()},
     }
     checkpoint.save(args.exp_dir / f"checkpoint_{epoch:04d}.pth.tar", state)
 
 
-def introduce(args: argparse.Namespace, num_images: int, num_classes: int, steps: int, device: torch.device) -> None:
+def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, device: torch.device, record: RunLog) -> None:
     """Say on what, with what and how long this run will train."""
-    backend = "gloo" if device.type == "cpu" else args.dist_backend
-    world = get_world_size()
-    log(f"machine: {describe_machine()}, talking by {backend}")
+    world, batch = get_world_size(), cli.global_batch(args)
+    facts = {
+        "processes": world,
+        "backend": "gloo" if device.type == "cpu" else args.dist_backend,
+        "images": len(images),
+        "folders": len(images.classes),
+        "batch": batch,
+        "batch_of_a_process": batch // world,
+        "steps_of_an_epoch": steps,
+        "seed": args.seed,
+        "first_epoch": args.start_epoch,
+        "negatives_at_most": [min(args.pcl_r, k - 1) for k in args.num_cluster],
+    }
+    record.write(**facts)
+    log(f"machine: {describe_machine()}, talking by {facts['backend']}")
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
-    log(f"data: {num_images} images in {num_classes} folders of {args.data / 'train'}, at {args.image_size} pixels")
-    batch = cli.global_batch(args)
+    log(f"data: {len(images)} images in {facts['folders']} folders of {args.data / 'train'}, at {args.image_size} pixels")
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
     else:
-        for k in args.num_cluster:
-            few = "; fewer than 10 images in each: prototypes of so few say little" if num_images < 10 * k else ""
-            log(f"clusters: {k} of {num_images / k:.0f} images, {min(args.pcl_r, k - 1)} negatives at most{few}")
+        for k, negatives in zip(args.num_cluster, facts["negatives_at_most"], strict=True):
+            few = "; fewer than 10 images in each: prototypes of so few say little" if len(images) < 10 * k else ""
+            log(f"clusters: {k} of {len(images) / k:.0f} images, {negatives} negatives at most{few}")
     log(f"epochs: {args.start_epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 

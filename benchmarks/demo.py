@@ -66,14 +66,14 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     checkpoint = max(run.glob("checkpoint_*.pth.tar"))
 
-    write_voc(data, args.out / "voc", cell=size)
+    write_voc(data, run / "voc", cell=size)
     weights = {"random backbone": ["--random-init", "--arch", ARCH], "PCL backbone": ["--pretrained", checkpoint]}
     svm: dict[str, dict[str, Any]] = {name: {} for name in weights}
-    for name, options in weights.items():
+    for name, network in weights.items():
         for protocol in ("full", "low-shot"):
             output = run / f"svm_{name.split()[0]}_{protocol}.json"
-            options += ["--image-size", 2 * size, "--num-workers", available_cores(), "--output", output]
-            script("eval_svm_voc.py", args.out / "voc", *options, *(["--low-shot"] if protocol == "low-shot" else []))
+            common = ["--image-size", 2 * size, "--num-workers", available_cores(), "--output", output]
+            script("eval_svm_voc.py", run / "voc", *network, *common, *(["--low-shot"] if protocol == "low-shot" else []))
             svm[name] |= json.loads(output.read_text())
 
     seed_everything(0)

@@ -66,7 +66,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location:
         raise CheckpointError(f"{path} is no checkpoint of a run to resume: it has no {', '.join(missing)}")
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
-    have = {name: value.shape for name, value in state["state_dict"].items()}
+    have = {name: value.shape for name, value in _weights(path, state["state_dict"]).items()}
     want = {f"module.{name}": value.shape for name, value in model.state_dict().items()}
     wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if wrong:
@@ -96,9 +96,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     arch = arch or state.get("arch")
     if arch not in architectures():
         raise CheckpointError(f"{path}: architecture {arch} is not one of those offered; name it with --arch")
-    weights = state.get("state_dict", state)
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    weights = _weights(path, state.get("state_dict", state))
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     if any(name.startswith("encoder_q.") for name in weights):
         weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
@@ -128,6 +126,12 @@ def architectures() -> list[str]:
     """Names of torchvision's classifiers whose only head is a linear layer called `fc`."""
     families = ("regnet", "resnet", "resnext", "shufflenet", "wide_resnet")
     return [name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(families)]
+
+
+def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
+    if isinstance(found, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in found.items()):
+        return found
+    raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
 
 
 def _size(shape: torch.Size | None) -> str:

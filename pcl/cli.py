@@ -73,7 +73,7 @@ def add_launch_arguments(parser: Parser) -> None:
                        help="tcp://HOST:PORT of node 0, the same on every node; one node finds a free port")
     group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
-    group.add_argument("--seed", type=natural, metavar="N",
+    group.add_argument("--seed", type=seed, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
     # fmt: on
 
@@ -109,23 +109,26 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
 
 
 def check_launch(parser: Parser, args: argparse.Namespace) -> None:
-    """Stop on options that name processes or machines that cannot be."""
+    """Stop on options that name processes or machines that cannot be; note whether a seed asks for a run that repeats."""
+    args.deterministic = args.seed is not None
     gpus = torch.cuda.device_count()
     if args.gpu is not None and args.gpu >= gpus:
         parser.error(f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is")
     if args.gpu is not None and (args.nproc or 1) > 1:
         parser.error(f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}")
-    if not launched_outside():
-        if gpus and local_processes(args) > gpus:
-            parser.error(
-                f"--nproc {args.nproc}: {gpus} GPUs here; lower it, or hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"
-            )
-        if args.rank >= args.world_size:
-            parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
-        if args.world_size > 1 and not args.dist_url:
-            parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
-        if args.dist_url and not args.dist_url.startswith(("tcp://", "file://")):
-            parser.error(f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0")
+    if gpus and local_processes(args) > gpus:
+        remedy = "start fewer, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use the CPU"
+        parser.error(f"--nproc: {local_processes(args)} processes for {gpus} GPUs; {remedy}")
+    if launched_outside():
+        if args.nproc is not None or args.gpu is not None:
+            parser.error("--nproc and --gpu: the launcher that started this process decides that; leave them out")
+        return
+    if args.rank >= args.world_size:
+        parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
+    if args.world_size > 1 and not args.dist_url:
+        parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
+    if args.dist_url and not args.dist_url.startswith("tcp://"):
+        parser.error(f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0")
 
 
 def check_batch(parser: Parser, args: argparse.Namespace) -> None:
@@ -145,7 +148,7 @@ def open_folder(parser: Parser, data: Path, split: str) -> IndexedFolder:
     try:
         return IndexedFolder(data / split, lambda image: image)
     except FileNotFoundError as error:
-        parser.error(f"DIR {data}: {error}")
+        parser.error(f"DIR {data}: {error}; put the images into {data / split}/<class>/")
 
 
 def global_batch(args: argparse.Namespace) -> int:
@@ -178,6 +181,11 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """An integer of at least 0."""
     return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+
+
+def seed(text: str) -> int:
+    """An integer from 0 to 2**32 - 1, the range that all libraries take."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
 
 
 def positive_float(text: str) -> float:

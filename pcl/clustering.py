@@ -179,7 +179,8 @@ def cluster(features: Tensor, num_cluster: int, temperature: float, seed: int = 
 
 def _flat_index(dim: int, device: torch.device | None) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
-    if device is None or device.type != "cuda" or not getattr(faiss, "get_num_gpus", int)():
+    faiss_has_gpu = hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
+    if device is None or device.type != "cuda" or not faiss_has_gpu:
         return faiss.IndexFlatL2(dim)
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0

@@ -10,7 +10,7 @@ import os
 import random
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -46,7 +46,8 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
     """Run `worker(device, args)` in every process of the group, each with its rank, device and seed set.
 
     One process runs here; several are spawned; under an outside launcher this process joins the others.
-    Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend` and `seed` (None: drawn at random).
+    Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend`, `seed` (None: drawn at random) and
+    `deterministic` (on a GPU: slower algorithms that repeat to the bit).
     """
     nproc = local_processes(args)
     if launched_outside():
@@ -67,22 +68,19 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int) -> Non
     device = torch.device("cuda", local_rank if args.gpu is None else args.gpu) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cores() // nproc))
     # Numbers on the CPU (seeds, figures of the log) travel by gloo, also where tensors on GPUs travel by NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu and args.dist_backend == "nccl" else "gloo"
     dist.init_process_group(backend, init_method=args.dist_url, rank=rank, world_size=total_processes(args))
-    try:
-        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        chosen = [random.SystemRandom().randrange(2**31) if args.seed is None else args.seed]
-        dist.broadcast_object_list(chosen, group=_patient_group)
-        torch.backends.cudnn.deterministic = args.seed is not None
-        torch.backends.cudnn.benchmark = args.seed is None
-        args.seed = chosen[0]
-        seed_everything(args.seed + rank)  # a spawned process does not inherit its parent's seed
-        worker(device, args)
-    finally:
-        dist.destroy_process_group()
+    _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
+    chosen = [random.SystemRandom().randrange(2**31) if args.seed is None else args.seed]
+    dist.broadcast_object_list(chosen, group=_patient_group)
+    args.seed = chosen[0]
+    seed_everything(args.seed + rank)  # a spawned process does not inherit its parent's seed
+    worker(device, args)
+    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
 
 
 def seed_everything(*key: int) -> None:
@@ -152,17 +150,22 @@ def mean_over_ranks(values: Sequence[float]) -> list[float]:
     return (means / get_world_size()).tolist()
 
 
-def shared_map(function: Callable[[Any], Any], jobs: Sequence[Any], cost: Sequence[float]) -> list[Any]:
+def shared_map(
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    cost: Sequence[float],
+    track: Callable[[list[int]], Iterable[int]] = iter,
+) -> list[Any]:
     """`[function(job) for job in jobs]`, each job done by one rank and its result sent to all.
 
     Args:
         function: must not use a collective; its results must pickle.
         jobs: the same on every rank.
-        cost: the expected work of each, in any unit. The largest go first, each to the rank with the least work so far.
+        cost: the expected work of each, in any unit, by which they are dealt out.
+        track: is given the numbers of this rank's jobs and gives them back one by one, to show how far it is.
     """
     owner = deal(cost, get_world_size())
-    largest_first = sorted(range(len(jobs)), key=lambda j: -cost[j])
-    mine = {j: function(jobs[j]) for j in largest_first if owner[j] == get_rank()}
+    mine = {j: function(jobs[j]) for j in track([j for j, rank in enumerate(owner) if rank == get_rank()])}
     results = []
     for j in range(len(jobs)):
         box = [mine.get(j)]

@@ -6,6 +6,7 @@ depend on the number of loader workers and an epoch can be repeated.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 
 
 class UnreadableImageError(OSError):
     """An image file that cannot be decoded; the message names it."""
+
+    def __str__(self) -> str:
+        # A loader's worker puts its traceback before the message, up to the class's name.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class IndexedFolder(Dataset):
@@ -53,6 +58,12 @@ class IndexedFolder(Dataset):
         # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
         self._paths = np.array([os.fsencode(path) for path, _ in found.samples])  # (N,) bytes
         self.transform, self.seed = transform, seed
+
+    def with_transform(self, transform: Callable[[Image.Image], Any]) -> IndexedFolder:
+        """The same images, otherwise transformed."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -130,7 +141,7 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(self, dataset: IndexedFolder, seed: int) -> None:
-        super().__init__(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed, drop_last=True)
+        super().__init__(dataset, get_world_size(), get_rank(), shuffle=True, seed=derive_seed(seed), drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         return ((self.epoch, index) for index in super().__iter__())

@@ -68,9 +68,15 @@ class RunLog:
                 file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
 
 
-def track(batches: Iterable, label: str, total: int) -> Iterator:
-    """The batches, behind a bar on the main process's terminal."""
-    return iter(tqdm(batches, label, total, leave=False, disable=None if is_main() else True))
+def track(items: Iterable, label: str, total: int) -> Iterator:
+    """The items, behind a bar on the main process's terminal; without a terminal a line a minute."""
+    bar = tqdm(items, label, total, leave=False, disable=None if is_main() else True)
+    told = time.monotonic()
+    for done, item in enumerate(bar, start=1):
+        yield item
+        if bar.disable and time.monotonic() - told > 60:
+            told = time.monotonic()
+            log(f"{label}  {done}/{total}")
 
 
 class StepProgress:

@@ -6,12 +6,14 @@ Letters: B batch, C features, K prototypes, r negatives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcl.clustering import Clustering
+if TYPE_CHECKING:
+    from pcl.clustering import Clustering
 
 
 def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -42,13 +44,20 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
     Returns:
         (r,) int64 distinct ids on `positive`'s device; all the others, in random order, where there are fewer than r.
 
-    A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch.
+    A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch;
+    `prototype_loss` never waits.
     """
+    negative, other = _draw(positive, num_prototypes, r)
+    return negative if other is None else negative[other]
+
+
+def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor | None]:
+    """Up to r distinct ids and which of them are nobody's own (None: all), of lengths that the host knows."""
     score = torch.rand(num_prototypes, device=positive.device)
     score.index_fill_(0, positive, -1)
-    if num_prototypes - len(positive) < r:
-        r = min(r, int((score >= 0).sum()))
-    return score.topk(r).indices
+    best = score.topk(min(r, num_prototypes))
+    enough = num_prototypes - len(positive) >= r
+    return best.indices, None if enough else best.values >= 0
 
 
 def prototype_logits(q: Tensor, positive: Tensor, negative: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
@@ -84,8 +93,10 @@ def prototype_loss(q: Tensor, index: Tensor, clusterings: Sequence[Clustering], 
     losses, hits = [], []
     for clustering in clusterings:
         positive = clustering.im2cluster[index]  # (B,)
-        negative = sample_negatives(positive, clustering.num_used, r)  # (r,)
-        logits, target = prototype_logits(q, positive, negative, clustering)
+        negative, other = _draw(positive, clustering.num_used, r)  # (r,), (r,)
+        logits, target = prototype_logits(q, positive, negative, clustering)  # (B, B + r)
+        if other is not None:  # fewer than r others: those drawn beyond them take no part
+            logits = logits.masked_fill(F.pad(~other, (len(q), 0)), -torch.inf)
         losses.append(F.cross_entropy(logits, target))
         hits.append((logits.detach().argmax(dim=1) == target).float().mean())
     return torch.stack(losses).mean(), torch.stack(hits).mean()

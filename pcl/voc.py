@@ -11,7 +11,9 @@ Letters: N images.
 
 from __future__ import annotations
 
+import http.client
 import tarfile
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.utils import download_url
+from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
+from tqdm import tqdm
 
 from pcl.loader import read_image
 
@@ -97,7 +100,7 @@ def draw_low_shot(labels: np.ndarray, k: int, seed: int, draw: int) -> np.ndarra
 
 
 def download(root: str | Path) -> None:
-    """Fetch the archives of VOC2007 that are not there whole, and unpack them into `root`/VOCdevkit.
+    """Fetch the archives of VOC2007 and unpack them into `root`/VOCdevkit; a broken download goes on where it broke.
 
     The two that hold images and labels; the third official one holds MATLAB programs, which nothing here needs.
 
@@ -106,13 +109,33 @@ def download(root: str | Path) -> None:
     """
     Path(root).mkdir(parents=True, exist_ok=True)
     for name in ("2007", "2007-test"):
-        source = DATASET_YEAR_DICT[name]
+        source = DATASET_YEAR_DICT[name]  # torchvision's addresses and checksums
         archive = Path(root) / source["filename"]
-        try:
-            download_url(source["url"], str(root), archive.name, source["md5"])  # skips a file that has its checksum
-        except (OSError, RuntimeError) as error:
-            raise VOCError(f"{source['url']} cannot be fetched: {error}; the same command goes on from here") from error
+        if not check_integrity(str(archive), source["md5"]):
+            try:
+                _fetch(source["url"], archive)
+            except (OSError, http.client.HTTPException) as error:
+                raise VOCError(f"{source['url']} cannot be fetched: {error}; the same command goes on from here") from error
+            if not check_integrity(str(archive), source["md5"]):
+                archive.unlink()
+                raise VOCError(f"{source['url']} did not give the file of checksum {source['md5']}; it was removed, try again")
         unpack(archive, Path(root))
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download into `path`, going on at its end if a part is there (torchvision's own helper starts anew)."""
+    start = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        goes_on = answer.status == 206  # partial content; a server may send the whole file all the same
+        total = (start if goes_on else 0) + int(answer.headers.get("Content-Length", 0))
+        with path.open("ab" if goes_on else "wb") as file, tqdm(desc=path.name, total=total, unit="B", unit_scale=True) as bar:
+            bar.update(file.tell())
+            while block := answer.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    if path.stat().st_size < total:
+        raise OSError("the connection broke")
 
 
 def unpack(archive: Path, root: Path) -> None:
@@ -129,6 +152,8 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise VOCError(f"{path}: no such file{HINT}") from None
+    except UnicodeDecodeError:
+        raise VOCError(f"{path} is not a text file in UTF-8") from None
 
 
 def _read_labels(path: Path, names: list[str]) -> np.ndarray:

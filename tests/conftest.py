@@ -51,7 +51,9 @@ def two_ranks(tmp_path):
     """Runs `worker(device, args)` on two ranks; each saves its result to args.out with `save_result`; returns both."""
 
     def run(worker, **options):
-        args = Namespace(nproc=2, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0)
+        args = Namespace(
+            nproc=2, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0, deterministic=True
+        )
         distributed.launch(worker, Namespace(**vars(args), out=tmp_path, **options))
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 

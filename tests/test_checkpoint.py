@@ -63,12 +63,15 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 def test_files_that_are_no_checkpoint_are_errors(tmp_path):
     (tmp_path / "text").write_text("hello")
     torch.save([1, 2], tmp_path / "list")
-    torch.save({"arch": ARCH, "state_dict": {"a": 1}}, tmp_path / "numbers")
     for name, message in (("absent", "no such file"), ("text", "safely"), ("list", "holds a list")):
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / name)
-    with pytest.raises(CheckpointError, match="neither"):
-        load_backbone(tmp_path / "numbers")
+    for weights in ([1], {"a": 1}, {1: torch.zeros(1)}):
+        torch.save(published(moco()) | {"state_dict": weights}, tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match="neither"):
+            load_backbone(tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match="neither"):
+            load_for_resume(tmp_path / "c.pt", moco(), ARCH)
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["v1 head", "v2 head"])

@@ -88,7 +88,9 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks):
 def test_a_seed_is_drawn_where_none_is_given_and_known_to_all():
     seeds = []
     for _ in range(2):
-        args = Namespace(nproc=1, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=None)
+        args = Namespace(
+            nproc=1, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=None, deterministic=False
+        )
         distributed.launch(lambda device, args: seeds.append(args.seed), args)
     assert seeds[0] != seeds[1]
     assert not torch.distributed.is_initialized()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from conftest import write_voc_shaped
+from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 import eval_svm_voc
@@ -107,15 +108,34 @@ def test_difficult_images_count_as_negative_or_not_at_all(features):
         assert left_out[name] == average_precision(truth[truth != 0], scores[truth != 0])
 
 
-def test_several_costs_are_told_apart_on_the_training_images_alone(features):
-    noise = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)
-    args = args_of("--cost", "0.00001,0.5")
-    rows = np.arange(60)
-    assert choose_cost(noise, [rows], args) in args.cost
-    shuffled = Features(features.train, features.train_labels, features.test, -features.test_labels, features.classes)
-    assert choose_cost(features, [rows], args) == choose_cost(shuffled, [rows], args)
+def slow_choice(features, rows, costs):
+    """Mean average precision over classes and three folds of the distinct training images, written out."""
+    rows, quality = np.unique(rows), []
+    for cost in costs:
+        aps = []
+        for label in (0, 1):
+            y = np.where(features.train_labels[rows, label] > 0, 1, -1)
+            for fit, held in StratifiedKFold(3, shuffle=True, random_state=0).split(rows, y):
+                svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=0)
+                svm.fit(features.train[rows[fit]], y[fit])
+                aps.append(average_precision(y[held], svm.decision_function(features.train[rows[held]])))
+        quality.append(np.mean(aps))
+    assert len(set(quality)) == len(costs)
+    return costs[int(np.argmax(quality))]
+
+
+def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is_chosen(features):
+    rows = np.append(np.arange(60), np.arange(20))  # images drawn twice must not stand on both sides of a fold
+    unseen = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)
+    choices = set()
+    for costs in ("0.0001,0.05,100", "100,0.05,0.0001", "0.05,0.5"):
+        args = args_of("--cost", costs)
+        choice = choose_cost(unseen, [rows], args)
+        assert choice == slow_choice(features, rows, args.cost)
+        choices.add(choice != args.cost[0])
+    assert choices == {True, False}
     few = np.flatnonzero(features.train_labels.min(axis=1) == 1)[:2]
-    assert choose_cost(features, [np.append(few, [3, 4, 5])], args) == 0.00001  # two positives: the first cost
+    assert choose_cost(features, [np.append(few, [3, 4, 5])], args_of("--cost", "3,4")) == 3  # two positives: the first
     assert choose_cost(features, [rows], args_of("--cost", "7")) == 7
 
 
@@ -142,6 +162,10 @@ def remove_positives(root):
     path.write_text(path.read_text().replace("  1", " -1"))
 
 
+def spoil_list(root):
+    (root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_bytes(b"\xff\xfe\x00")
+
+
 def break_image(root):
     (root / "VOCdevkit/VOC2007/JPEGImages/000003.jpg").write_bytes(b"no image")
 
@@ -155,7 +179,10 @@ WRONG = {
     "another network": ("{root} --pretrained {checkpoint} -a resnet18", spoil_nothing, "does not fit resnet18: missing"),
     "no positive": ("{root} --random-init -a resnet18", remove_positives, "class dog has 0 positive images in test"),
     "k too large": ("{root} --random-init -a resnet18 --low-shot", spoil_nothing, "positive images in trainval; 30 are needed"),
-    "unreadable image": ("{root} --random-init -a resnet18 --num-workers 0", break_image, "cannot read the image"),
+    "unreadable image": ("{root} --random-init -a resnet18 --num-workers 2", break_image, "cannot read the image"),
+    "a text file for a list": ("{root} --random-init", spoil_list, "test.txt is not a text file in UTF-8"),
+    "a seed too large": ("{root} --random-init --seed 5000000000", spoil_nothing, "--seed: '5000000000' is not"),
+    "a folder for a file": ("{root} --random-init --output {root}", spoil_nothing, "is a folder; name a file"),
     "a cost of 0": ("{root} --random-init --cost 0.5,0", spoil_nothing, "--cost: '0' is not a number above 0"),
 }
 
@@ -167,10 +194,11 @@ def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained
     spoil(root)
     places = {"root": root, "parent": tmp_path, "checkpoint": pretrained}
     with pytest.raises(SystemExit) as stop:
-        script(monkeypatch, *options.format(**places).split(), "--image-size", 32, "--output", tmp_path / "o.json")
+        script(monkeypatch, "--image-size", 32, "--output", tmp_path / "o.json", *options.format(**places).split())
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert message in err.splitlines()[-1]
+    assert message in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "o.json").exists()
 
 

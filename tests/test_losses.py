@@ -79,9 +79,23 @@ def test_negatives_are_drawn_evenly():
         assert abs(drawn[i] - 1000) < 5 * 27
 
 
+@pytest.mark.parametrize(("k", "r"), [(12, 3), (12, 9), (12, 11), (12, 12), (12, 50)])
+def test_prototype_loss_counts_only_true_negatives(k, r):
+    clustering = Clustering(torch.arange(k), unit(k, 8, dim=1), 0.1 + torch.rand(k))
+    q, index = unit(4, 8, dim=1), torch.tensor([3, 7, 7, 1])
+    torch.manual_seed(1)
+    ours, _ = prototype_loss(q, index, [clustering], r)
+    torch.manual_seed(1)
+    negative = sample_negatives(index, k, r)
+    assert len(negative) == min(r, k - 3)
+    logits, target = prototype_logits(q, index, negative, clustering)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
+
+
 @pytest.mark.gpu
-def test_the_losses_do_not_wait_for_the_gpu():
-    clustering = random_clustering(500, 400, 8).to("cuda")
+@pytest.mark.parametrize("k", [400, 30], ids=["many prototypes", "fewer than r"])
+def test_the_losses_do_not_wait_for_the_gpu(k):
+    clustering = random_clustering(500, k, 8).to("cuda")
     clustering.num_used  # noqa: B018 - once an epoch
     q, k, queue = (t.cuda() for t in (unit(16, 8, dim=1), unit(16, 8, dim=1), unit(8, 64, dim=0)))
     index = torch.arange(16, device="cuda")

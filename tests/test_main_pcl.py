@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,7 @@ def test_a_run_ends_with_a_checkpoint_in_the_published_form_and_a_log(finished):
 
     head, *records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert head["args"]["num_cluster"] == [3, 5]
+    assert (records[0]["images"], records[0]["steps_of_an_epoch"], records[0]["negatives_at_most"]) == (25, 3, [2, 4])
     assert [r["epoch"] for r in records if "kmeans_seconds" in r] == [1, 2]
     epochs = [r for r in records if "seconds" in r]
     assert [("loss_prototype" in r, "acc_prototype" in r) for r in epochs] == [(False, False), (True, True), (True, True)]
@@ -111,12 +113,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
         patch.setattr(main_pcl, "m_step", m_step)
         with pytest.raises(Stop):
             run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2)
+        torch.distributed.destroy_process_group()
     assert files_below(tmp_path) == ["checkpoint_0001.pth.tar", "log.jsonl"]
 
     unseeded = TINY.removesuffix("--seed 1")  # the seed comes from the checkpoint
     run(image_folder, "--exp-dir", tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar", tiny=unseeded)
     assert_same(weights(tmp_path), weights(finished))
     assert (tmp_path / "log.jsonl").read_text().count('"command"') == 2
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "train" / "a" / "07.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "images", "--exp-dir", tmp_path / "new", "-j", 2)
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"cannot read the image {tmp_path}/images/train/a/07.png")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -161,7 +177,8 @@ WRONG = {
     "no such folder": ("nowhere", "", "nowhere: no such folder"),
     "no train": ("{images}/train", "", "no folder train/"),
     "no images": ("{empty}", "", "no image in {empty}/train/<class>/"),
-    "no class folders": ("{images}/train", "", "no folder train/"),
+    "no class folders": ("{flat}", "", "put the images into {flat}/train/<class>/"),
+    "no epoch left": ("{images}", "--start-epoch 3", "--start-epoch 3: the epochs of --epochs 3 are 0 to 2"),
     "fewer images than a batch": ("{images}", "-b 26 --pcl-r 30", "--batch-size: 26 images in a step"),
     "batch and processes": (
         "{images}",
@@ -192,7 +209,8 @@ WRONG = {
 def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, finished, tmp_path, capsys, monkeypatch):
     data, options, message = wrong
     (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
-    places = {"images": image_folder, "empty": tmp_path / "empty", "run": finished}
+    shutil.copytree(image_folder / "train" / "a", tmp_path / "flat" / "train")
+    places = {"images": image_folder, "empty": tmp_path / "empty", "flat": tmp_path / "flat", "run": finished}
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
     monkeypatch.setattr(main_pcl, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)

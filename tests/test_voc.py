@@ -1,9 +1,9 @@
-import functools
 import hashlib
 import http.server
 import io
 import tarfile
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -123,31 +123,68 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
     assert not (tmp_path / "outside.txt").exists()
 
 
+class Archives(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; goes on where asked to; breaks off after `limit` bytes."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    limit = 10**9
+    sent: ClassVar[list[tuple[str, int]]] = []  # name and first byte of each request
+
+    def do_GET(self):
+        content, start = self.files[self.path], 0
+        if "Range" in self.headers:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        self.sent.append((self.path, start))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][: self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture
-def server(tmp_path):
-    """The address at which the files of tmp_path are served, on this machine alone."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+def server(tmp_path, monkeypatch):
+    """Two small archives on this machine in place of the official ones."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Archives) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
+        sources, files = {}, {}
+        for name in ("2007", "2007-test"):
+            archive(tmp_path / "a.tar", {f"VOCdevkit/{name}.txt": name.encode() * 5000})
+            content = files[f"/{name}.tar"] = (tmp_path / "a.tar").read_bytes()
+            url = f"http://127.0.0.1:{httpd.server_port}/{name}.tar"
+            sources[name] = {"url": url, "filename": f"{name}.tar", "md5": hashlib.md5(content).hexdigest()}
+        monkeypatch.setattr(voc, "DATASET_YEAR_DICT", sources)
+        monkeypatch.setattr(Archives, "files", files)
+        monkeypatch.setattr(Archives, "sent", [])
+        yield Archives
         httpd.shutdown()
 
 
-def test_a_download_checks_and_goes_on(tmp_path, server, monkeypatch):
-    sources = {}
-    for name, file in (("2007", "trainval.tar"), ("2007-test", "test.tar")):
-        archive(tmp_path / file, {f"VOCdevkit/{name}.txt": name.encode()})
-        digest = hashlib.md5((tmp_path / file).read_bytes()).hexdigest()
-        sources[name] = {"url": f"{server}/{file}", "filename": file, "md5": digest}
-    monkeypatch.setattr(voc, "DATASET_YEAR_DICT", sources)
+def test_a_broken_download_goes_on_where_it_broke(tmp_path, server, monkeypatch):
     root = tmp_path / "new"
-
-    whole = (tmp_path / "test.tar").read_bytes()
-    (tmp_path / "test.tar").write_bytes(whole[:1000])  # the connection broke
-    with pytest.raises(VOCError, match=r"test\.tar cannot be fetched: .*goes on from here"):
-        voc.download(root)
-    assert (root / "VOCdevkit" / "2007.txt").read_text() == "2007"
-    (tmp_path / "test.tar").write_bytes(whole)
-    (tmp_path / "trainval.tar").unlink()  # not asked for again
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "limit", 1000)
+        with pytest.raises(VOCError, match="the connection broke; the same command goes on from here"):
+            voc.download(root)
+    assert not (root / "VOCdevkit").exists()
     voc.download(root)
-    assert (root / "VOCdevkit" / "2007-test.txt").read_text() == "2007-test"
+    voc.download(root)
+    assert server.sent == [("/2007.tar", 0), ("/2007.tar", 1000), ("/2007-test.tar", 0)]
+    for name in ("2007", "2007-test"):
+        assert (root / "VOCdevkit" / f"{name}.txt").read_text() == name * 5000
+
+
+def test_a_download_with_another_checksum_is_not_used(tmp_path, server):
+    server.files["/2007.tar"] = server.files["/2007.tar"][::-1]
+    with pytest.raises(VOCError, match="did not give the file of checksum"):
+        voc.download(tmp_path / "new")
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_server_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    source = {"url": "http://127.0.0.1:9/a.tar", "filename": "a.tar", "md5": "0"}
+    monkeypatch.setattr(voc, "DATASET_YEAR_DICT", {"2007": source, "2007-test": source})
+    with pytest.raises(VOCError, match=r"http://127\.0\.0\.1:9/a\.tar cannot be fetched"):
+        voc.download(tmp_path)
