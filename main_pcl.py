@@ -26,12 +26,11 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint, cli
 from pcl.builder import MoCo, extract_features
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import get_rank, get_world_size, is_main, launch, local_processes, seed_everything, shared_map
+from pcl.distributed import get_rank, get_world_size, is_main, local_processes, seed_everything, shared_map
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
     TwoViews,
-    UnreadableImageError,
     center_view,
     make_loader,
     random_view,
@@ -52,6 +51,8 @@ def get_parser() -> cli.Parser:
     )
     cli.add_launch_arguments(parser)
     model = parser.add_argument_group("model and loss")
+    model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=checkpoint.architectures(),
+                       help="a torchvision classifier with an fc head: resnet18, resnet50, wide_resnet50_2, ..")
     model.add_argument("--low-dim", type=cli.positive, default=128, metavar="C", help="size of the feature")
     model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
@@ -81,10 +82,7 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     check(parser, args)
-    try:
-        launch(train, args)
-    except UnreadableImageError as error:
-        parser.exit(1, f"{error}; mend or remove the file\n")
+    cli.launch_or_exit(parser, train, args)
 
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> None:

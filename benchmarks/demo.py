@@ -8,6 +8,7 @@ Options that are not the demo's own go to main_pcl.py. The settings were chosen 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def get_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
     parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS",
                         help="side of a view; time grows with its square")
-    parser.add_argument("--epochs", type=positive, default=24, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--epochs", type=positive, default=20, metavar="N", help="epochs of pre-training")
     # fmt: on
     return parser
 
@@ -67,25 +68,24 @@ def main() -> None:
     checkpoint = max(run.glob("checkpoint_*.pth.tar"))
 
     write_voc(data, run / "voc", cell=size)
-    weights = {"random backbone": ["--random-init", "--arch", ARCH], "PCL backbone": ["--pretrained", checkpoint]}
-    svm: dict[str, dict[str, Any]] = {name: {} for name in weights}
-    for name, network in weights.items():
-        for protocol in ("full", "low-shot"):
-            output = run / f"svm_{name.split()[0]}_{protocol}.json"
-            common = ["--image-size", 2 * size, "--num-workers", available_cores(), "--output", output]
-            script("eval_svm_voc.py", run / "voc", *network, *common, *(["--low-shot"] if protocol == "low-shot" else []))
-            svm[name] |= json.loads(output.read_text())
+    weights = {
+        "raw pixels": ["--pixels"],
+        "random backbone": ["--random-init", "--arch", ARCH],
+        "PCL backbone": ["--pretrained", checkpoint],
+    }
+    rows = {name: evaluate(name.split()[0], options, data, run, args) for name, options in weights.items()}
 
     seed_everything(0)
     networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(ARCH), "PCL backbone": load_backbone(checkpoint)[0]}
-    rows = {name: score(network, known, query, size) | figures_of(svm.get(name)) for name, network in networks.items()}
+    rows = {name: score(network, known, query, size) | rows[name] for name, network in networks.items()}
     print_table(rows)
     print(f"kNN: the weighted vote of the 20 nearest of {len(known)} labelled images, for {len(query)} others.")
     print("1 label: the nearest of one labelled image of each class; mean of 20 draws.")
     print(f"NMI: agreement of {len(query.classes)} k-means clusters with the classes, 100 if they are the same.")
+    print("probe: accuracy of a linear classifier trained with all labels.")
     print("SVM, k = ..: mean average precision on collages, with all labels and with k of each class (5 draws).")
     print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}")
-    print(f"Its log: {run / 'log.jsonl'}; the scores of the SVMs: {run}/svm_*.json")
+    print(f"Its log: {run / 'log.jsonl'}; every figure: {run}/*.json")
 
 
 def script(name: str, *arguments: Any) -> None:
@@ -94,6 +94,23 @@ def script(name: str, *arguments: Any) -> None:
     print("\n$ python", name, *command[2:], flush=True)
     if (code := subprocess.run(command).returncode) != 0:
         sys.exit(code)
+
+
+def evaluate(name: str, weights: list[Any], data: Path, run: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy of the linear probe (of five classes or more) and mean average precision of the SVMs, in percent."""
+    figures = {}
+    if len(list((data / "val").iterdir())) >= 5:
+        lr = 0.003 if name == "raw" else 0.03
+        options = f"--image-size {args.image_size} --seed 0 --nproc 1 -b 64 --lr {lr} --epochs 10 --schedule 6 8".split()
+        output = run / f"probe_{name}.json"
+        script("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
+        figures["probe"] = json.loads(output.read_text())["last"]["test_acc"]
+    common = ["--image-size", 2 * args.image_size, "--num-workers", available_cores(), run / "voc"]
+    script("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
+    script("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")
+    figures["SVM"] = 100 * json.loads((run / f"svm_{name}.json").read_text())["full"]["map"]
+    low_shot = json.loads((run / f"low_shot_{name}.json").read_text())["low_shot"]
+    return figures | {f"k = {k}": 100 * result["mean"] for k, result in low_shot.items()}
 
 
 def score(network: nn.Module, known: IndexedFolder, query: IndexedFolder, size: int) -> dict[str, float]:
@@ -115,14 +132,6 @@ def features_of(network: nn.Module, images: IndexedFolder, size: int) -> tuple[T
     loader = make_loader(images, range(len(images)), 256, workers=available_cores())
     features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
     return features.cpu(), torch.from_numpy(images.labels)
-
-
-def figures_of(svm: dict[str, Any] | None) -> dict[str, float]:
-    """Mean average precision in percent, from what eval_svm_voc.py wrote."""
-    if svm is None:
-        return {}
-    low_shot = {f"k = {k}": 100 * figures["mean"] for k, figures in svm["low_shot"].items()}
-    return {"SVM": 100 * svm["full"]["map"], **low_shot}
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:

@@ -102,17 +102,41 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     network = backbone(arch)
+    _load_exactly(network, weights, f"{path} does not fit {arch}")
+    return network, arch
+
+
+def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A linear probe as `eval_cls_imagenet.py` saves it.
+
+    Returns:
+        the torchvision network with its trained head `fc`, in eval mode, and all that the file holds.
+
+    Raises:
+        CheckpointError: the file is something else.
+    """
+    state = load(path)
+    missing = [name for name in ("epoch", "arch", "state_dict", "optimizer", "classes") if name not in state]
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of a linear probe: it has no {', '.join(missing)}")
+    if state["arch"] not in architectures():
+        raise CheckpointError(f"{path}: a probe of {state['arch']} cannot be opened again")
+    weights = {name.removeprefix("module."): value for name, value in _weights(path, state["state_dict"]).items()}
+    network = torchvision.models.get_model(state["arch"], weights=None, num_classes=len(state["classes"])).eval()
+    _load_exactly(network, weights, f"{path} does not fit {state['arch']} with {len(state['classes'])} classes")
+    return network, state
+
+
+def _load_exactly(network: nn.Module, weights: dict[str, Tensor], message: str) -> None:
     expected = network.state_dict()
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     shapes = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
     if missing or unexpected or shapes:
         raise CheckpointError(
-            f"{path} does not fit {arch}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            f"of another shape {_some(shapes)}"
+            f"{message}: missing {_some(missing)}; unexpected {_some(unexpected)}; of another shape {_some(shapes)}"
         )
     network.load_state_dict(weights)
-    return network, arch
 
 
 def backbone(arch: str) -> nn.Module:

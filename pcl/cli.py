@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone
-from pcl.distributed import available_cores, launched_outside, local_processes, total_processes
-from pcl.loader import IndexedFolder
+from pcl.distributed import available_cores, launch, launched_outside, local_processes, total_processes
+from pcl.loader import IndexedFolder, UnreadableImageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +40,6 @@ def add_training_arguments(
     """The options of any run of SGD, with this script's defaults."""
     # fmt: off
     group = parser.add_argument_group("training")
-    group.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=architectures(),
-                       help="a torchvision classifier with an fc head: resnet18, resnet50, wide_resnet50_2, ..")
     group.add_argument("-j", "--workers", type=natural, default=available_cores(), metavar="N",
                        help="loader processes, a total over this node's processes; 0 loads in those themselves")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
@@ -85,6 +83,7 @@ def add_backbone_arguments(parser: Parser) -> None:
     group.add_argument("--pretrained", default="", metavar="FILE",
                        help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
     group.add_argument("--random-init", action="store_true", help="evaluate random weights instead, as a baseline")
+    group.add_argument("--pixels", action="store_true", help="evaluate the pixels of the center crop instead, as a baseline")
     group.add_argument("-a", "--arch", metavar="NAME", choices=architectures(),
                        help="by default the one that the file names; resnet50 for random weights")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
@@ -96,10 +95,12 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     """The network that the options name, without its head, in eval mode; and what it is, for the results.
 
     Raises:
-        CheckpointError: neither or both of a file and --random-init, or a file that does not fit.
+        CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit.
     """
-    if bool(args.pretrained) == args.random_init:
-        raise CheckpointError("--pretrained: name a checkpoint, or evaluate random weights with --random-init")
+    if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
+        raise CheckpointError("--pretrained: name a checkpoint, or else give --random-init or --pixels for a baseline")
+    if args.pixels:
+        return nn.Flatten().eval(), {"arch": "pixels", "weights": "none"}
     if args.random_init:
         arch = args.arch or "resnet50"
         return backbone(arch), {"arch": arch, "weights": "random"}
@@ -163,6 +164,16 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
+def launch_or_exit(
+    parser: Parser, worker: Callable[[torch.device, argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """`pcl.distributed.launch`; an image that cannot be read ends the run with its name and exit code 1."""
+    try:
+        launch(worker, args)
+    except UnreadableImageError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}; mend or remove the file\n")
+
+
 def integers(text: str) -> list[int]:
     """ "3,4" -> [3, 4], each positive and given once."""
     return _several(text, positive)
@@ -196,6 +207,11 @@ def positive_float(text: str) -> float:
 def nonnegative_float(text: str) -> float:
     """A finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def percentage(text: str) -> float:
+    """A number above 0, at most 100."""
+    return _number(text, float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
 
 
 def fraction(text: str) -> float:

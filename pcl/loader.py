@@ -65,6 +65,12 @@ class IndexedFolder(Dataset):
         other.transform = transform
         return other
 
+    def subset(self, index: np.ndarray) -> IndexedFolder:
+        """The images of these indices alone; they are counted anew, from 0."""
+        other = copy.copy(self)
+        other._paths, other.labels = self._paths[index], self.labels[index]
+        return other
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -126,6 +132,12 @@ def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
         color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
     return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
+
+
+def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """A random crop, flipped or not, (3, size, size): what the linear probe trains on."""
+    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
 
 
 def center_view(size: int) -> Callable[[Image.Image], Tensor]:

@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +68,28 @@ class RunLog:
         if is_main():
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
+
+
+class TensorBoard:
+    """Scalars by epoch for TensorBoard, in `folder`, from the main process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._logger = None
+        if is_main():
+            from tensorboard_logger import Logger  # slow to import
+
+            folder.mkdir(parents=True, exist_ok=True)
+            # The package names its file by the second, which two runs may share: it is made apart, then moved in.
+            with tempfile.TemporaryDirectory(dir=folder) as apart:
+                self._logger = Logger(apart)
+                (made,) = Path(apart).iterdir()
+                made.rename(folder / f"{made.name}.{uuid.uuid4().hex[:8]}")
+
+    def write(self, epoch: int, **figures: float) -> None:
+        """Add a point to the curve of each figure."""
+        if self._logger:
+            for name, value in figures.items():
+                self._logger.log_value(name, value, epoch)
 
 
 def track(items: Iterable, label: str, total: int) -> Iterator:
@@ -130,7 +154,7 @@ def show(means: dict[str, float]) -> str:
     parts = []
     for name, value in means.items():
         if name.startswith("loss"):
-            accuracy = means.get("acc_" + name.removeprefix("loss_"))
+            accuracy = means.get("acc" + name.removeprefix("loss"))
             behind = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
             parts.append(f"{name.removeprefix('loss_')} {value:.3f}{behind}")
     return "  ".join(parts)

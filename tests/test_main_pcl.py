@@ -1,7 +1,5 @@
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -131,7 +129,7 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     torch.distributed.destroy_process_group()
     assert stop.value.code == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"cannot read the image {tmp_path}/images/train/a/07.png")
+    assert err.startswith(f"main_pcl.py: error: cannot read the image {tmp_path}/images/train/a/07.png")
     assert err.count("\n") == 1
 
 
@@ -212,7 +210,7 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     shutil.copytree(image_folder / "train" / "a", tmp_path / "flat" / "train")
     places = {"images": image_folder, "empty": tmp_path / "empty", "flat": tmp_path / "flat", "run": finished}
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
-    monkeypatch.setattr(main_pcl, "launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
     with pytest.raises(SystemExit) as stop:
         run("--exp-dir", tmp_path / "new", data.format(**places), *options.format(**places).split())
@@ -226,7 +224,7 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
 
 def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(main_pcl, "launch", lambda worker, args: started.append(args))
+    monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "--warmup-epoch", "3", "--num-cluster", "25000")
     assert started[0].warmup_epoch == 3
 
@@ -241,11 +239,3 @@ def test_the_defaults_are_the_published_ones():
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     assert str(args["exp_dir"]) == "experiment_pcl"
-
-
-def test_the_commands_of_the_readme_parse():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^\s*(?:python|torchrun .*?) (main_pcl\.py .*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for command in commands:
-        main_pcl.get_parser().parse_args(shlex.split(command, comments=True)[1:])

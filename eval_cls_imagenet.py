@@ -1,0 +1,289 @@
+"""Linear probe: train a linear classifier on the frozen backbone, on DIR/train/<class>/, and score it on DIR/val/<class>/.
+
+    python eval_cls_imagenet.py --pretrained pcl_v2/checkpoint_0199.pth.tar --id pcl_v2 DIR
+    python eval_cls_imagenet.py --resume Linear_eval/pcl_v2/model_best.pth.tar --evaluate DIR
+
+The cheapest run, a minute on two CPU cores, on the images that come with the package:
+
+    python -m pcl.samples samples
+    python eval_cls_imagenet.py --random-init -a resnet18 --image-size 32 --epochs 3 --schedule 2 --id first samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from pcl import checkpoint, cli
+from pcl.builder import extract_features
+from pcl.distributed import get_rank, is_main, local_processes, seed_everything, total_processes
+from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, share_of_rank
+from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, versions
+from pcl.metrics import topk_accuracy
+
+RESULTS = Path("Linear_eval")  # as published
+
+
+def get_parser() -> cli.Parser:
+    """The command line."""
+    # fmt: off
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
+    cli.add_backbone_arguments(parser)
+    cli.add_training_arguments(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
+    cli.add_launch_arguments(parser)
+    probe = parser.add_argument_group("probe")
+    probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
+    probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
+                       help="train on P %% of the images of each class (at least one), drawn with --seed or 0")
+    probe.add_argument("--id", default="linear", metavar="NAME",
+                       help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
+    probe.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+    # fmt: on
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    check(parser, args)
+    cli.launch_or_exit(parser, probe, args)
+
+
+def check(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
+    cli.check_launch(parser, args)
+    cli.check_batch(parser, args)
+    train, val = (cli.open_folder(parser, args.data, split) for split in ("train", "val"))
+    if train.classes != val.classes:
+        name = min(set(train.classes) ^ set(val.classes))
+        parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
+    if len(train.classes) < 5:
+        parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
+    for images, split in ((train, "train"), (val, "val")):
+        count = np.bincount(images.labels, minlength=len(images.classes))
+        if count.min() == 0:
+            parser.error(f"DIR {args.data}: no image in {args.data / split / images.classes[count.argmin()]}")
+    if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
+        parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
+    if args.output and args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file")
+    if args.evaluate and not args.resume:
+        parser.error("--evaluate: name the finished probe with --resume")
+    try:
+        state = open_probe(args, train.classes).state
+    except checkpoint.CheckpointError as error:
+        parser.error(str(error))
+    folder = RESULTS / args.id
+    if state:
+        if state["epoch"] >= args.epochs and not args.evaluate:
+            parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
+        if args.seed is None:
+            args.seed, args.deterministic = state["seed"], state["deterministic"]
+    elif folder.is_dir() and any(folder.iterdir()):
+        parser.error(f"--id {args.id}: {folder} holds another run; name another, or give --resume to go on with it")
+
+
+@dataclass
+class Probe:
+    """The frozen network and its head."""
+
+    backbone: nn.Module  # (B, 3, H, W) -> (B, C), in eval mode
+    head: nn.Linear  # (B, C) -> (B, classes)
+    source: dict[str, str]  # where the backbone comes from
+    state: dict[str, Any] | None = None  # the checkpoint to go on from
+
+
+def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
+    """What the options name: a new head on a backbone, or the probe of --resume.
+
+    Raises:
+        CheckpointError: a file that does not fit the options or the classes.
+    """
+    if not args.resume:
+        backbone, source = cli.open_backbone(args)
+        with torch.no_grad():
+            size = backbone(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
+        head = nn.Linear(size, len(classes))
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return Probe(backbone, head, source)
+    network, state = checkpoint.load_probe(args.resume)
+    head, network.fc = network.fc, nn.Identity()
+    if args.arch not in (None, state["arch"]):
+        raise checkpoint.CheckpointError(f"--resume: {args.resume} holds a {state['arch']}, not a {args.arch}")
+    if state["classes"] != classes:
+        raise checkpoint.CheckpointError(f"--resume: {args.resume} was trained on other classes than those of {args.data}")
+    if args.pretrained:
+        given, _ = cli.open_backbone(args)
+        if changed := first_difference(network, given.state_dict()):
+            raise checkpoint.CheckpointError(f"--resume: {args.resume} has another backbone than --pretrained, {changed}")
+    return Probe(network, head, state["source"], state)
+
+
+def probe(device: torch.device, args: argparse.Namespace) -> None:
+    """Train and score, in each process of the group."""
+    seed_everything(args.seed)  # random weights are to be the same on every rank
+    train_set, val_set = (IndexedFolder(args.data / split, center_view(args.image_size)) for split in ("train", "val"))
+    model = open_probe(args, train_set.classes)
+    model.backbone.to(device).requires_grad_(False)
+    model.head.to(device)
+    nproc = local_processes(args)
+    batch, workers = args.batch_size // nproc, -(-args.workers // nproc)
+    log(f"machine: {describe_machine()}")
+    log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
+
+    # Center crops through a frozen network: the features of the validation images are the same at every epoch.
+    start = time.monotonic()
+    val_loader = make_loader(val_set, share_of_rank(len(val_set)), batch, workers)
+    val_features = extract_features(model.backbone, track(val_loader, "features", len(val_loader)), len(val_set), device)
+    val_labels = torch.from_numpy(val_set.labels).to(device)
+    log(f"features: {val_features.shape[1]} of each validation image, {time.monotonic() - start:.1f} s")
+    if args.evaluate:
+        report(model, [validate(model.head, val_features, val_labels)], args, val_set.classes)
+        return
+
+    train_set = train_set.with_transform(crop_view(args.image_size))
+    train_set = train_set.subset(share_of_labels(train_set.labels, args.percent, args.seed))
+    train_set.seed = args.seed
+    labels = torch.from_numpy(train_set.labels).to(device)
+    sampler = EpochSampler(train_set, args.seed)
+    loader = make_loader(train_set, sampler, batch, workers)
+    head = DistributedDataParallel(model.head, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = torch.optim.SGD(head.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
+    history: list[dict[str, float]] = []
+    if model.state:
+        optimizer.load_state_dict(model.state["optimizer"])
+        args.start_epoch, history = model.state["epoch"], model.state["history"]
+    record = RunLog(RESULTS / args.id, vars(args))
+    board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
+    untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+
+    for epoch in range(args.start_epoch, args.epochs):
+        seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
+        sampler.set_epoch(epoch)
+        figures = train_head(model.backbone, head, loader, labels, optimizer, epoch, args, record)
+        if changed := first_difference(model.backbone, untouched):
+            raise RuntimeError(f"the frozen backbone has changed: {changed}")
+        figures |= validate(model.head, val_features, val_labels)
+        log(f"epoch {epoch + 1}/{args.epochs}  test_acc {figures['test_acc']:.2f} %  test_acc5 {figures['test_acc5']:.2f} %")
+        record.write(epoch=epoch, **figures)
+        board.write(epoch, **figures)
+        history.append({"epoch": epoch, **figures})
+        save(model, optimizer, history, train_set.classes, args)
+    report(model, history, args, val_set.classes)
+
+
+def share_of_labels(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Indices, in order, of `percent` % of the images of each class, at least one of each, drawn with `seed`."""
+    generator = np.random.default_rng(seed)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([generator.permutation(m)[: max(1, round(len(m) * percent / 100))] for m in members]))
+
+
+def train_head(
+    backbone: nn.Module,
+    head: DistributedDataParallel,
+    loader: DataLoader,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    args: argparse.Namespace,
+    record: RunLog,
+) -> dict[str, float]:
+    """One epoch of SGD on the head; the figures that TensorBoard shows."""
+    lr = cli.learning_rate(args, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    meters = Meters()
+    label = f"epoch {epoch + 1}/{args.epochs}"
+    progress = StepProgress(label, len(loader), cli.global_batch(args), args.print_freq, record, epoch)
+    for step, (images, index) in enumerate(loader, start=1):
+        target = labels[index.to(labels.device, non_blocking=True)]
+        with torch.no_grad():
+            features = backbone(images.to(labels.device, non_blocking=True))
+        logits = head(features)
+        loss = F.cross_entropy(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        meters.add(loss=loss, acc=topk_accuracy(logits, target))
+        progress.step(step, meters)
+    means = progress.close(meters, lr=lr)
+    return {"train_loss": means["loss"], "train_acc": 100 * means["acc"], "lr": lr}
+
+
+@torch.no_grad()
+def validate(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent over all validation images, the same on every rank."""
+    logits = head(features)  # (N, classes)
+    return {"test_acc": 100 * float(topk_accuracy(logits, labels)), "test_acc5": 100 * float(topk_accuracy(logits, labels, 5))}
+
+
+def first_difference(network: nn.Module, expected: dict[str, Tensor]) -> str | None:
+    """The first weight or BatchNorm statistic that is not equal to the bit, named."""
+    for name, value in network.state_dict().items():
+        if not torch.equal(value, expected[name]):
+            return f"{name} differs"
+    return None
+
+
+def save(
+    model: Probe,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+    classes: list[str],
+    args: argparse.Namespace,
+) -> None:
+    """Write checkpoint.pth.tar, and model_best.pth.tar if this epoch is the best so far: a whole torchvision classifier."""
+    if not is_main():
+        return
+    network = model.backbone.state_dict() | {f"fc.{name}": value for name, value in model.head.state_dict().items()}
+    state = {
+        "epoch": history[-1]["epoch"] + 1,
+        "arch": model.source["arch"],
+        "state_dict": {f"module.{name}": value for name, value in network.items()},
+        "best_acc1": max(figures["test_acc"] for figures in history),
+        "optimizer": optimizer.state_dict(),
+        "classes": classes,
+        "source": model.source,
+        "history": history,
+        "seed": args.seed,
+        "deterministic": args.deterministic,
+    }
+    checkpoint.save(RESULTS / args.id / "checkpoint.pth.tar", state)
+    if history[-1]["test_acc"] == state["best_acc1"]:
+        checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)
+
+
+def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespace, classes: list[str]) -> None:
+    """Print the last and the best accuracies; write --output."""
+    last, best = history[-1], max(history, key=lambda figures: figures["test_acc"])
+    log(f"top-1 {last['test_acc']:.2f} %, top-5 {last['test_acc5']:.2f} %; best top-1 {best['test_acc']:.2f} %")
+    if args.output and is_main():
+        result = {
+            "settings": {name: str(value) for name, value in vars(args).items()},
+            "versions": versions(),
+            "checkpoint": model.source,
+            "classes": classes,
+            "last": last,
+            "best": best,
+            "epochs": history,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+import json
+import math
+import shutil
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import save_result
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import eval_cls_imagenet
+from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
+from pcl.builder import MoCo, extract_features
+from pcl.checkpoint import backbone, load
+from pcl.loader import IndexedFolder, center_view, share_of_rank
+from pcl.logs import TensorBoard
+
+ARCH = "shufflenet_v2_x0_5"
+TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
+
+
+@pytest.fixture(scope="module")
+def six_classes(tmp_path_factory):
+    """DIR with train/ of 6 + 6 + .. + 7 images and val/ of 3 of each of six classes, each of its own brightness."""
+    root = tmp_path_factory.mktemp("six")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label in range(6):
+            folder = root / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count + (split == "train" and label == 5)):
+                pixels = rng.integers(0, 60, (36, 36, 3), dtype=np.uint8) + np.uint8(36 * label)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(0)
+    model = MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pth.tar"
+    torch.save({"epoch": 1, "arch": ARCH, "state_dict": state, "optimizer": {}}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def script(*options):
+    argv = sys.argv
+    sys.argv = ["eval_cls_imagenet.py", *TINY.split(), *map(str, options)]
+    try:
+        eval_cls_imagenet.main()
+    finally:
+        sys.argv = argv
+
+
+@pytest.mark.slow
+def test_a_probe_from_end_to_end(six_classes, pretrained, tmp_path, capsys):
+    script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--output", "o.json")
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "o.json").read_text())
+    last, best = result["last"], result["best"]
+    assert [figures["lr"] for figures in result["epochs"]] == pytest.approx([0.1, 0.1, 0.01])
+    assert f"top-1 {last['test_acc']:.2f} %, top-5 {last['test_acc5']:.2f} %; best top-1 {best['test_acc']:.2f} %" in out
+
+    # TensorBoard's own reader sees a point for each epoch.
+    board = EventAccumulator(str(tmp_path / "Linear_eval" / "x_tensorboard")).Reload()
+    names = ["train_loss", "train_acc", "lr", "test_acc", "test_acc5"]
+    assert sorted(board.Tags()["scalars"]) == sorted(names)
+    for name in names:
+        points = board.Scalars(name)
+        assert [point.step for point in points] == [0, 1, 2]
+        assert [point.value for point in points] == pytest.approx([f[name] for f in result["epochs"]], rel=1e-6)
+
+    # The file is a whole classifier: torchvision's network, run on every image, has the accuracies that were told.
+    state = load(tmp_path / "Linear_eval" / "x" / "checkpoint.pth.tar")
+    network = torchvision.models.get_model(ARCH, weights=None, num_classes=6).eval()
+    network.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
+    val = IndexedFolder(six_classes / "val", center_view(32))
+    with torch.no_grad():
+        logits = torch.cat([network(val[i][0][None]) for i in range(len(val))])
+    truth = torch.from_numpy(val.labels)
+    assert last["test_acc"] == pytest.approx(100 * float((logits.argmax(1) == truth).float().mean()))
+    assert last["test_acc5"] == pytest.approx(100 * float((logits.topk(5).indices == truth[:, None]).any(1).float().mean()))
+
+    # Its backbone is the checkpoint's, to the bit.
+    given = load(pretrained)["state_dict"]
+    for name, value in state["state_dict"].items():
+        if not name.startswith("module.fc."):
+            assert torch.equal(value, given[name.replace("module.", "module.encoder_q.")]), name
+
+    best_file = tmp_path / "Linear_eval" / "x" / "model_best.pth.tar"
+    script(six_classes, "--resume", best_file, "--evaluate", "--output", "e.json")
+    evaluated = json.loads((tmp_path / "e.json").read_text())["last"]
+    assert evaluated == {"test_acc": best["test_acc"], "test_acc5": best["test_acc5"]}
+
+
+@pytest.mark.slow
+def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pretrained, tmp_path):
+    common = [six_classes, "--pretrained", pretrained]
+    script(*common, "--id", "whole", "--seed", 1)
+    script(*common, "--id", "part", "--seed", 1, "--epochs", 2)
+    script(six_classes, "--id", "part", "--resume", "Linear_eval/part/checkpoint.pth.tar", "-j", 2)
+    whole, part = (load(tmp_path / "Linear_eval" / name / "checkpoint.pth.tar") for name in ("whole", "part"))
+    for name in ("state_dict", "optimizer"):
+        assert repr(whole[name]) == repr(part[name])
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, part["state_dict"][name]), name
+    assert whole["history"] == part["history"]
+    assert whole["best_acc1"] == part["best_acc1"]
+
+
+@pytest.mark.slow
+def test_a_tampered_backbone_is_caught(six_classes, pretrained, monkeypatch):
+    train_head = eval_cls_imagenet.train_head
+
+    def tamper(network, *rest):
+        network.stage2[0].branch1[1].running_mean[3] += 1e-6
+        return train_head(network, *rest)
+
+    monkeypatch.setattr(eval_cls_imagenet, "train_head", tamper)
+    with pytest.raises(RuntimeError, match=r"the frozen backbone has changed: stage2\.0\.branch1\.1\.running_mean differs"):
+        script(six_classes, "--pretrained", pretrained)
+    torch.distributed.destroy_process_group()
+
+
+def test_the_difference_is_to_the_bit():
+    network = backbone(ARCH)
+    same = {name: value.clone() for name, value in network.state_dict().items()}
+    assert first_difference(network, same) is None
+    weight = next(network.parameters()).data.view(-1)
+    weight[0] = torch.nextafter(weight[0], torch.tensor(math.inf))
+    assert first_difference(network, same) == "conv1.0.weight differs"
+
+
+def probe_together(device, args):
+    eval_cls_imagenet.probe(device, args)
+    val = IndexedFolder(args.data / "val", center_view(32)).subset(np.arange(17))  # two ranks do not divide them
+    torch.manual_seed(0)
+    network = backbone(ARCH)
+    loader = [(val[i][0][None], i) for i in share_of_rank(len(val))]
+    features = extract_features(network, loader, len(val), device)
+    head = torch.nn.Linear(1024, 6)
+    save_result(args, features=features, **validate(head, features, torch.from_numpy(val.labels)))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_validate_exactly_each_image_once(six_classes, pretrained, tmp_path, two_ranks):
+    options = ["--pretrained", str(pretrained), "--output", str(tmp_path / "o.json"), str(six_classes)]
+    args = vars(eval_cls_imagenet.get_parser().parse_args([*TINY.split(), *options]))
+    fixed = {"nproc", "gpu", "world_size", "rank", "dist_url", "dist_backend", "seed"}
+    results = two_ranks(probe_together, **{name: value for name, value in args.items() if name not in fixed})
+    val = IndexedFolder(six_classes / "val", center_view(32))
+    torch.manual_seed(0)
+    network = backbone(ARCH)
+    with torch.no_grad():
+        expected = torch.cat([network(val[i][0][None]) for i in range(17)])
+        head = torch.nn.Linear(1024, 6)
+        hits = (head(expected).argmax(1) == torch.from_numpy(val.labels[:17])).sum()
+    for result in results:
+        torch.testing.assert_close(result["features"], expected)
+        assert result["test_acc"] == pytest.approx(100 * float(hits) / 17)
+    assert len(json.loads((tmp_path / "o.json").read_text())["epochs"]) == 3
+
+
+@pytest.mark.parametrize(("percent", "each"), [(100, 10), (50, 5), (1, 1), (34, 3)])
+def test_few_labels_are_a_seeded_share_of_each_class(percent, each):
+    labels = np.repeat(np.arange(4), 10)
+    chosen = share_of_labels(labels, percent, seed=1)
+    assert np.bincount(labels[chosen]).tolist() == [each] * 4
+    assert len(set(chosen)) == len(chosen)
+    np.testing.assert_array_equal(chosen, share_of_labels(labels, percent, seed=1))
+    if percent == 50:
+        assert not np.array_equal(chosen, share_of_labels(labels, percent, seed=2))
+
+
+def test_two_event_files_of_the_same_second_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    boards = [TensorBoard(tmp_path / "b") for _ in range(2)]
+    for number, board in enumerate(boards):
+        board.write(0, figure=number)
+    files = list((tmp_path / "b").iterdir())
+    assert len(files) == 2
+    values = [EventAccumulator(str(file)).Reload().Scalars("figure")[0].value for file in files]
+    assert sorted(values) == [0, 1]
+
+
+def test_the_head_starts_as_published(pretrained):
+    args = Namespace(resume="", pretrained=str(pretrained), random_init=False, pixels=False, arch=None, image_size=64)
+    probe = eval_cls_imagenet.open_probe(args, [str(c) for c in range(1000)])
+    assert isinstance(probe, Probe)
+    assert float(probe.head.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
+    assert not probe.head.bias.any()
+    assert not probe.backbone.training
+
+
+def test_the_pixels_are_a_backbone(six_classes, tmp_path):
+    script(six_classes, "--pixels", "--epochs", 1, "--lr", 0.001, "--id", "p", "--output", "o.json")
+    assert json.loads((tmp_path / "o.json").read_text())["checkpoint"] == {"arch": "pixels", "weights": "none"}
+    assert load(tmp_path / "Linear_eval" / "p" / "checkpoint.pth.tar")["state_dict"]["module.fc.weight"].shape == (
+        6,
+        3 * 32 * 32,
+    )
+
+
+def remove_class(root):
+    shutil.rmtree(root / "val" / "class 3")
+
+
+def rename_class(root):
+    (root / "val" / "class 3").rename(root / "val" / "zebra")
+
+
+def empty_class(root):
+    for file in (root / "train" / "class 2").iterdir():
+        file.unlink()
+
+
+def keep_four(root):
+    for split in ("train", "val"):
+        for label in (4, 5):
+            shutil.rmtree(root / split / f"class {label}")
+
+
+def keep_five(root):
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "class 5")
+
+
+WRONG = {
+    "a class that val lacks": (remove_class, "{weights}", "class 3 is in one of them alone"),
+    "a class that train lacks": (rename_class, "{weights}", "class 3 is in one of them alone"),
+    "an empty class": (empty_class, "{weights}", "no image in {root}/train/class 2"),
+    "four classes": (keep_four, "{weights}", "4 classes; top-5 accuracy needs five or more"),
+    "other classes than the head's": (keep_five, "--resume {probe}", "was trained on other classes"),
+    "a finished probe": (None, "--resume {probe}", "has all of its 3 epochs; raise --epochs to go on"),
+    "another architecture": (None, "--resume {probe} -a resnet18", "holds a shufflenet_v2_x0_5, not a resnet18"),
+    "another backbone": (
+        None,
+        "--resume {probe} --pretrained {other}",
+        "another backbone than --pretrained, conv1.0.weight",
+    ),
+    "not a probe": (None, "--resume {checkpoint}", "is no checkpoint of a linear probe: it has no classes"),
+    "no weights": (None, "", "--pretrained: name a checkpoint"),
+    "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
+    "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
+    "a percentage of 0": (None, "{weights} --percent 0", "--percent: '0' is not a number above 0, at most 100"),
+    "batch and processes": (None, "{weights} --nproc 3", "--batch-size 8: the 3 processes"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(six_classes, pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.chdir(folder)
+        script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1)
+    return folder / "Linear_eval" / "x" / "checkpoint.pth.tar"
+
+
+@pytest.mark.parametrize(("spoil", "options", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrained, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_cls_imagenet.cli, "launch", lambda *_: pytest.fail("processes were started"))
+    root = shutil.copytree(six_classes, tmp_path / "six") if spoil else six_classes
+    if spoil:
+        spoil(root)
+    (tmp_path / "Linear_eval" / "taken" / "old").mkdir(parents=True)
+    other = load(pretrained)
+    other["state_dict"]["module.encoder_q.conv1.0.weight"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    places = {"root": root, "probe": finished, "checkpoint": pretrained, "other": tmp_path / "other.pth"}
+    places["weights"] = f"--pretrained {pretrained}"
+    with pytest.raises(SystemExit) as stop:
+        script(root, *options.format(**places).split())
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message.format(**places) in err
+    assert [path.name for path in (tmp_path / "Linear_eval").iterdir()] == ["taken"]
+
+
+def test_the_defaults_are_the_published_ones():
+    args = vars(eval_cls_imagenet.get_parser().parse_args(["DIR"]))
+    expected = {"lr": 5.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80], "momentum": 0.9, "wd": 0.0, "print_freq": 10}
+    assert {name: args[name] for name in expected} == expected
+    assert args["image_size"] == 224
