@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from pcl import distributed
+from pcl.builder import MoCo
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -46,6 +48,32 @@ def image_folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def six_classes(tmp_path_factory):
+    """DIR with train/ of 6 + 6 + .. + 7 images and val/ of 3 of each of six classes, each of its own brightness."""
+    root = tmp_path_factory.mktemp("six")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label in range(6):
+            folder = root / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count + (split == "train" and label == 5)):
+                pixels = rng.integers(0, 60, (36, 36, 3), dtype=np.uint8) + np.uint8(36 * label)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A seeded shufflenet_v2_x0_5 in the published form."""
+    torch.manual_seed(0)
+    model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=8, r=16)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pth.tar"
+    torch.save({"epoch": 1, "arch": "shufflenet_v2_x0_5", "state_dict": state, "optimizer": {}}, path)
+    return path
+
+
 @pytest.fixture
 def two_ranks(tmp_path):
     """Runs `worker(device, args)` on two ranks; each saves its result to args.out with `save_result`; returns both."""
@@ -58,6 +86,13 @@ def two_ranks(tmp_path):
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
     return run
+
+
+def run_script(module, *options):
+    """`python SCRIPT.py OPTIONS`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+        module.main()
 
 
 def save_result(args, **result):

@@ -1,4 +1,7 @@
+import importlib
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -8,14 +11,30 @@ import demo
 
 
 @pytest.mark.slow
-def test_the_demo_runs_on_a_folder_of_one_s_own(image_folder, tmp_path, monkeypatch, capfd):
-    options = ["-b", "8", "--pcl-r", "20", "--num-cluster", "3,5", "--warmup-epoch", "1"]
-    arguments = ["--data", str(image_folder), "--out", str(tmp_path), "--epochs", "2", *options]
+def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypatch, capfd):
+    def in_this_process(command):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        importlib.import_module(Path(command[1]).stem).main()
+        return Namespace(returncode=0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.subprocess, "run", in_this_process)
+    options = ["-b", "8", "--pcl-r", "20", "--num-cluster", "3,5", "--warmup-epoch", "1", "-j", "0"]
+    arguments = ["--data", str(six_classes), "--out", str(tmp_path), "--epochs", "2", *options]
     monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
     demo.main()
     out = capfd.readouterr().out
-    assert "prototype" in out
-    for row in ("raw pixels", "random backbone", "PCL backbone"):
-        assert row in out
-    checkpoint = next(tmp_path.rglob("checkpoint_0001.pth.tar"))
-    assert str(checkpoint) in out
+    assert str(next(tmp_path.rglob("checkpoint_0001.pth.tar"))) in out
+    head, *rows = out[out.rindex("kNN  1 label") - 16 :].splitlines()[:4]
+    assert head.split() == [
+        "kNN",
+        "1",
+        "label",
+        "NMI",
+        "probe",
+        "SVM",
+        *(w for k in (1, 2, 4, 8, 16) for w in ("k", "=", str(k))),
+    ]
+    for row, name in zip(rows, ("raw pixels", "random backbone", "PCL backbone"), strict=True):
+        assert row.startswith(name)
+        assert len(row.split()) == 2 + 10

@@ -1,20 +1,18 @@
 import json
 import math
 import shutil
-import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import save_result
-from PIL import Image
+from conftest import run_script, save_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_cls_imagenet
 from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
-from pcl.builder import MoCo, extract_features
+from pcl.builder import extract_features
 from pcl.checkpoint import backbone, load
 from pcl.loader import IndexedFolder, center_view, share_of_rank
 from pcl.logs import TensorBoard
@@ -23,43 +21,13 @@ ARCH = "shufflenet_v2_x0_5"
 TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
 
 
-@pytest.fixture(scope="module")
-def six_classes(tmp_path_factory):
-    """DIR with train/ of 6 + 6 + .. + 7 images and val/ of 3 of each of six classes, each of its own brightness."""
-    root = tmp_path_factory.mktemp("six")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for label in range(6):
-            folder = root / split / f"class {label}"
-            folder.mkdir(parents=True)
-            for i in range(count + (split == "train" and label == 5)):
-                pixels = rng.integers(0, 60, (36, 36, 3), dtype=np.uint8) + np.uint8(36 * label)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    torch.manual_seed(0)
-    model = MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16)
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    path = tmp_path_factory.mktemp("checkpoint") / "c.pth.tar"
-    torch.save({"epoch": 1, "arch": ARCH, "state_dict": state, "optimizer": {}}, path)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 def script(*options):
-    argv = sys.argv
-    sys.argv = ["eval_cls_imagenet.py", *TINY.split(), *map(str, options)]
-    try:
-        eval_cls_imagenet.main()
-    finally:
-        sys.argv = argv
+    run_script(eval_cls_imagenet, *TINY.split(), *options)
 
 
 @pytest.mark.slow

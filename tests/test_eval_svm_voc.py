@@ -1,18 +1,15 @@
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import write_voc_shaped
+from conftest import run_script, write_voc_shaped
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 import eval_svm_voc
 from eval_svm_voc import Features, Job, choose_cost, precisions, run, spread
-from pcl.builder import MoCo
 from pcl.metrics import average_precision
 
 ARCH = "shufflenet_v2_x0_5"
@@ -21,22 +18,6 @@ ARCH = "shufflenet_v2_x0_5"
 @pytest.fixture(scope="module")
 def voc_root(tmp_path_factory):
     return write_voc_shaped(tmp_path_factory.mktemp("voc"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """A seeded network in the published form."""
-    torch.manual_seed(0)
-    model = MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16)
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    path = tmp_path_factory.mktemp("checkpoint") / "c.pth.tar"
-    torch.save({"epoch": 1, "arch": ARCH, "state_dict": state, "optimizer": {}}, path)
-    return path
-
-
-def script(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["eval_svm_voc.py", *map(str, options)])
-    eval_svm_voc.main()
 
 
 def args_of(*options):
@@ -55,7 +36,7 @@ def features():
 @pytest.mark.slow
 def test_the_script_from_end_to_end(voc_root, pretrained, tmp_path, monkeypatch, capsys):
     options = [voc_root, "--pretrained", pretrained, "--image-size", 32, "--num-workers", 0]
-    script(monkeypatch, *options, "--output", tmp_path / "new" / "full.json")
+    run_script(eval_svm_voc, *options, "--output", tmp_path / "new" / "full.json")
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "new" / "full.json").read_text())
     assert result["classes"] == ["dog", "train"]
@@ -68,7 +49,7 @@ def test_the_script_from_end_to_end(voc_root, pretrained, tmp_path, monkeypatch,
     assert "SVMs" in printed
 
     monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 2))
-    script(monkeypatch, *options, "--low-shot", "--output", tmp_path / "low.json")
+    run_script(eval_svm_voc, *options, "--low-shot", "--output", tmp_path / "low.json")
     printed = capsys.readouterr().out
     low = json.loads((tmp_path / "low.json").read_text())["low_shot"]
     assert low.keys() == {"1", "2"}
@@ -194,7 +175,7 @@ def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained
     spoil(root)
     places = {"root": root, "parent": tmp_path, "checkpoint": pretrained}
     with pytest.raises(SystemExit) as stop:
-        script(monkeypatch, "--image-size", 32, "--output", tmp_path / "o.json", *options.format(**places).split())
+        run_script(eval_svm_voc, "--image-size", 32, "--output", tmp_path / "o.json", *options.format(**places).split())
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert message in err

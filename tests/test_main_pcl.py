@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import main_pcl
 from pcl.checkpoint import load
@@ -17,12 +17,7 @@ TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
 
 def run(*options, tiny=TINY):
     """main_pcl.py in this process, with the tiny settings and then these."""
-    argv = sys.argv
-    sys.argv = ["main_pcl.py", *tiny.split(), *map(str, options)]
-    try:
-        main_pcl.main()
-    finally:
-        sys.argv = argv
+    run_script(main_pcl, *tiny.split(), *options)
 
 
 def files_below(folder):
