@@ -43,7 +43,7 @@ def get_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
     parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS",
                         help="side of a view; time grows with its square")
-    parser.add_argument("--epochs", type=positive, default=20, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--epochs", type=positive, default=16, metavar="N", help="epochs of pre-training")
     # fmt: on
     return parser
 
@@ -101,7 +101,7 @@ def evaluate(name: str, weights: list[Any], data: Path, run: Path, args: argpars
     figures = {}
     if len(list((data / "val").iterdir())) >= 5:
         lr = 0.003 if name == "raw" else 0.03
-        options = f"--image-size {args.image_size} --seed 0 --nproc 1 -b 64 --lr {lr} --epochs 10 --schedule 6 8 -p 1000".split()
+        options = f"--image-size {args.image_size} --lr {lr} -b 64 --epochs 10 --schedule 6 8 --seed 0 --nproc 1 -p 999".split()
         output = run / f"probe_{name}.json"
         script("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
         figures["probe"] = json.loads(output.read_text())["last"]["test_acc"]
