@@ -134,7 +134,7 @@ def one_by_one(function: Callable[[Any], Any], jobs: Sequence[Any], cost: Sequen
 
 
 def cluster_all(
-    features: Tensor,
+    features: Tensor | np.ndarray,
     num_clusters: Sequence[int],
     temperature: float,
     seeds: Sequence[int] | None = None,
@@ -160,6 +160,7 @@ def cluster_all(
     if max(num_clusters) > len(features):
         raise ValueError(f"{max(num_clusters)} clusters of {len(features)} images: ask for at most as many as there are")
     seeds = range(len(num_clusters)) if seeds is None else seeds
+    features = torch.as_tensor(features)
     device, points = features.device, features.detach().float().cpu().contiguous().numpy()
 
     jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
@@ -172,7 +173,7 @@ def cluster_all(
     return [clustering.to(device) for clustering in described]
 
 
-def cluster(features: Tensor, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
+def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
     """`cluster_all` for a single granularity."""
     return cluster_all(features, [num_cluster], temperature, [seed])[0]
 

@@ -89,7 +89,7 @@ def fake():
 
 @pytest.mark.parametrize("k", [99, 100], ids=["N - 1", "N"])
 def test_nearly_as_many_clusters_as_images(k):
-    result = cluster(unit_rows(100, 8), k, temperature=0.2)
+    result = cluster(unit_rows(100, 8).numpy(), k, temperature=0.2)
     assert torch.isfinite(result.concentration).all()
     assert (result.concentration > 0).all()
 
