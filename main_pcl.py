@@ -7,7 +7,7 @@ PCL v2 on ImageNet, one node with eight GPUs (PCL v1: without --mlp --aug-plus -
 The cheapest run, a few minutes on two CPU cores after `make demo` has written its images to demo/images:
 
     python main_pcl.py demo/images -a resnet18 --image-size 32 --epochs 6 --warmup-epoch 3 -b 64 --pcl-r 512 \\
-        --temperature 0.1 --num-cluster 200,400,800 --moco-m 0.99 --mlp --aug-plus --cos --exp-dir first_run
+        --num-cluster 100,200,400 --moco-m 0.99 --mlp --aug-plus --cos --exp-dir first_run
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def get_parser() -> cli.Parser:
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
     em = parser.add_argument_group("expectation-maximisation")
     em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,..",
-                    help="clusters of each granularity; for N images of your own try N/20,N/10,N/5")
+                    help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
     files = parser.add_argument_group("files")
