@@ -10,6 +10,7 @@ from conftest import ROOT, run_script
 
 import main_pcl
 from pcl.checkpoint import load
+from pcl.distributed import _free_port
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -130,7 +131,8 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
-    options = "--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:10001 --epochs 1"
+    address = f"tcp://localhost:{_free_port()}"  # the README's 10001 may be taken
+    options = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url {address} --epochs 1"
     run(image_folder, "--exp-dir", tmp_path / "new", *options.split())
     out = capsys.readouterr().out
     assert "no GPU; 1 process, talking by gloo" in out
@@ -156,8 +158,6 @@ def test_two_processes_train_alike_spawned_on_two_nodes_or_under_torchrun(image_
             assert process.returncode == 0, out
 
     finish(start("spawned", "--nproc", "2"))
-    from pcl.distributed import _free_port
-
     nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}", "--rank"]
     finish(*(start("nodes", *nodes, str(rank)) for rank in range(2)))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
