@@ -12,7 +12,6 @@ The cheapest run, a minute on two CPU cores, on the images that come with the pa
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,9 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.builder import extract_features
-from pcl.distributed import get_rank, is_main, local_processes, seed_everything, total_processes
+from pcl.distributed import get_rank, is_main, seed_everything, total_processes
 from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, share_of_rank
-from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, versions
+from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
 from pcl.metrics import topk_accuracy
 
 RESULTS = Path("Linear_eval")  # as published
@@ -46,10 +45,10 @@ def get_parser() -> cli.Parser:
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
     probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
-                       help="train on P %% of the images of each class (at least one), drawn with --seed or 0")
+                       help="train on P %% of the images of each class (at least one), drawn with --seed")
     probe.add_argument("--id", default="linear", metavar="NAME",
                        help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
-    probe.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+    cli.add_output_argument(parser)
     # fmt: on
     return parser
 
@@ -77,8 +76,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             parser.error(f"DIR {args.data}: no image in {args.data / split / images.classes[count.argmin()]}")
     if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
         parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
-    if args.output and args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; name a file")
+    cli.check_output(parser, args)
     if args.evaluate and not args.resume:
         parser.error("--evaluate: name the finished probe with --resume")
     try:
@@ -135,12 +133,12 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
 def probe(device: torch.device, args: argparse.Namespace) -> None:
     """Train and score, in each process of the group."""
     seed_everything(args.seed)  # random weights are to be the same on every rank
-    train_set, val_set = (IndexedFolder(args.data / split, center_view(args.image_size)) for split in ("train", "val"))
+    train_set = IndexedFolder(args.data / "train", crop_view(args.image_size), args.seed)
+    val_set = IndexedFolder(args.data / "val", center_view(args.image_size))
     model = open_probe(args, train_set.classes)
     model.backbone.to(device).requires_grad_(False)
     model.head.to(device)
-    nproc = local_processes(args)
-    batch, workers = args.batch_size // nproc, -(-args.workers // nproc)
+    batch, workers = cli.batch_and_workers(args)
     log(f"machine: {describe_machine()}")
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
 
@@ -154,9 +152,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         report(model, [validate(model.head, val_features, val_labels)], args, val_set.classes)
         return
 
-    train_set = train_set.with_transform(crop_view(args.image_size))
     train_set = train_set.subset(share_of_labels(train_set.labels, args.percent, args.seed))
-    train_set.seed = args.seed
     labels = torch.from_numpy(train_set.labels).to(device)
     sampler = EpochSampler(train_set, args.seed)
     loader = make_loader(train_set, sampler, batch, workers)
@@ -203,9 +199,7 @@ def train_head(
     record: RunLog,
 ) -> dict[str, float]:
     """One epoch of SGD on the head; the figures that TensorBoard shows."""
-    lr = cli.learning_rate(args, epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = cli.set_learning_rate(optimizer, args, epoch)
     meters = Meters()
     label = f"epoch {epoch + 1}/{args.epochs}"
     progress = StepProgress(label, len(loader), cli.global_batch(args), args.print_freq, record, epoch)
@@ -271,18 +265,7 @@ def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespa
     """Print the last and the best accuracies; write --output."""
     last, best = history[-1], max(history, key=lambda figures: figures["test_acc"])
     log(f"top-1 {last['test_acc']:.2f} %, top-5 {last['test_acc5']:.2f} %; best top-1 {best['test_acc']:.2f} %")
-    if args.output and is_main():
-        result = {
-            "settings": {name: str(value) for name, value in vars(args).items()},
-            "versions": versions(),
-            "checkpoint": model.source,
-            "classes": classes,
-            "last": last,
-            "best": best,
-            "epochs": history,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.output, vars(args), checkpoint=model.source, classes=classes, last=last, best=best, epochs=history)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The cheapest run, half a minute on two CPU cores, on collages of the images that
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from pcl import checkpoint, cli, voc
 from pcl.builder import extract_features
 from pcl.distributed import available_cores, seed_everything
 from pcl.loader import UnreadableImageError, center_view, make_loader
-from pcl.logs import describe_machine, log, track, versions
+from pcl.logs import describe_machine, log, track, write_result
 from pcl.metrics import average_precision
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -77,7 +76,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
     parser.add_argument("--batch-size", type=cli.positive, default=128, metavar="N", help="images passed through at once")
     parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+    cli.add_output_argument(parser)
     # fmt: on
     return parser
 
@@ -87,16 +86,15 @@ def main() -> None:
     args = parser.parse_args()
     if not args.download and not args.data.is_dir():
         parser.error(f"DIR {args.data}: no such folder; --download makes it")
-    if args.output and args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; name a file")
+    cli.check_output(parser, args)
     try:
         evaluate(args)
     except (voc.VOCError, checkpoint.CheckpointError, UnreadableImageError) as error:
         parser.error(str(error))
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the options ask for; returns what --output writes."""
+def evaluate(args: argparse.Namespace) -> None:
+    """Everything that the options ask for."""
     seed_everything(args.seed)
     network, source = cli.open_backbone(args)
     train, test = open_splits(args)
@@ -113,18 +111,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     figures = {"low_shot": low_shot(features, args)} if args.low_shot else {"full": full(features, args)}
     seconds = {"features": extracted - start, "svm": time.monotonic() - extracted}
     log(f"seconds: {seconds['features']:.1f} for the features, {seconds['svm']:.1f} for the SVMs")
-    result = {
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        "versions": versions(),
-        "checkpoint": source,
-        "classes": train.classes,
-        **figures,
-        "seconds": seconds,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    write_result(args.output, vars(args), checkpoint=source, classes=train.classes, **figures, seconds=seconds)
 
 
 def open_splits(args: argparse.Namespace) -> list[voc.VOCSplit]:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint, cli
 from pcl.builder import MoCo, extract_features
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import get_rank, get_world_size, is_main, local_processes, seed_everything, shared_map
+from pcl.distributed import get_rank, get_world_size, is_main, seed_everything, shared_map
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -121,8 +121,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     record = RunLog(args.exp_dir, vars(args))
     train_set = IndexedFolder(args.data / "train", TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
     center_set = train_set.with_transform(center_view(args.image_size))
-    nproc = local_processes(args)
-    batch, workers = args.batch_size // nproc, -(-args.workers // nproc)
+    batch, workers = cli.batch_and_workers(args)
     sampler = EpochSampler(train_set, args.seed)
     train_loader = make_loader(train_set, sampler, batch, workers, drop_last=True)
     # No gradients are kept in the E-step, so that five times the images fit.
@@ -175,9 +174,7 @@ def m_step(
     record: RunLog,
 ) -> None:
     """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up."""
-    lr = cli.learning_rate(args, epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr = cli.set_learning_rate(optimizer, args, epoch)
     model.train()
     device = model.module.queue.device
     meters = Meters()

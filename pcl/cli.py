@@ -109,6 +109,17 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
 
 
+def add_output_argument(parser: Parser) -> None:
+    """Where an evaluation keeps its result (`pcl.logs.write_result`)."""
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+
+
+def check_output(parser: Parser, args: argparse.Namespace) -> None:
+    """Stop if the result could not be written after all the work."""
+    if args.output and args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file")
+
+
 def check_launch(parser: Parser, args: argparse.Namespace) -> None:
     """Stop on options that name processes or machines that cannot be; note whether a seed asks for a run that repeats."""
     args.deterministic = args.seed is not None
@@ -155,6 +166,20 @@ def open_folder(parser: Parser, data: Path, split: str) -> IndexedFolder:
 def global_batch(args: argparse.Namespace) -> int:
     """Images in a step over all ranks."""
     return args.batch_size // local_processes(args) * total_processes(args)
+
+
+def batch_and_workers(args: argparse.Namespace) -> tuple[int, int]:
+    """What one process has of its node's batch and loader processes."""
+    nproc = local_processes(args)
+    return args.batch_size // nproc, -(-args.workers // nproc)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> float:
+    """Give the optimizer the epoch's learning rate, and return it."""
+    lr = learning_rate(args, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

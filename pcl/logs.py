@@ -149,6 +149,14 @@ class StepProgress:
         return record
 
 
+def write_result(path: Path | None, args: dict[str, Any], **figures: Any) -> None:
+    """Write an evaluation's settings, versions and figures as JSON, from the main process; nothing without a path."""
+    if path and is_main():
+        settings = {name: str(value) for name, value in args.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"settings": settings, "versions": versions(), **figures}, indent=1) + "\n")
+
+
 def show(means: dict[str, float]) -> str:
     """Such as "loss 11.303  instance 6.880 (0.3 %)  prototype 4.423 (1.2 %)": losses, accuracies in percent."""
     parts = []
