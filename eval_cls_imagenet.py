@@ -203,7 +203,7 @@ def train_head(
     meters = Meters()
     label = f"epoch {epoch + 1}/{args.epochs}"
     progress = StepProgress(label, len(loader), cli.global_batch(args), args.print_freq, record, epoch)
-    for step, (images, index) in enumerate(loader, start=1):
+    for step, (images, index) in progress.batches(loader):
         target = labels[index.to(labels.device, non_blocking=True)]
         with torch.no_grad():
             features = backbone(images.to(labels.device, non_blocking=True))

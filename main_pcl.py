@@ -1,4 +1,4 @@
-"""Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/.
+"""Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/, DIR/train or DIR.
 
 PCL v2 on ImageNet, one node with eight GPUs (PCL v1: without --mlp --aug-plus --cos):
 
@@ -17,9 +17,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -36,16 +38,17 @@ from pcl.loader import (
     random_view,
     share_of_rank,
 )
-from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
+from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, versions
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
+from pcl.monitor import Monitor, keep_e_step
 
 
 def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/*.jpg")
+    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/*.jpg, or images alone")
     cli.add_training_arguments(
         parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
     )
@@ -70,8 +73,11 @@ def get_parser() -> cli.Parser:
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
+    em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
+                    help="look whether it learns after each E-step and every N epochs of warm-up; 0 never")
     files = parser.add_argument_group("files")
-    files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR", help="checkpoints and log.jsonl")
+    files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR",
+                       help="checkpoints, log.jsonl, TensorBoard's files and figures")
     files.add_argument("--save-freq", type=cli.positive, default=5, metavar="N",
                        help="epochs between two checkpoints; the last epoch is always saved")
     # fmt: on
@@ -89,10 +95,11 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
     cli.check_launch(parser, args)
     cli.check_batch(parser, args)
-    num_images = len(cli.open_folder(parser, args.data, "train"))
+    images = cli.open_folder(parser, args.data, "train", labelled=False)
+    num_images, args.images = len(images), images.root
     batch = cli.global_batch(args)
     if num_images < batch:
-        parser.error(f"--batch-size: {batch} images in a step, but {args.data / 'train'} holds {num_images}; lower it")
+        parser.error(f"--batch-size: {batch} images in a step, but {args.images} holds {num_images}; lower it")
     if args.pcl_r < batch:
         parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
     if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
@@ -118,8 +125,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
-    record = RunLog(args.exp_dir, vars(args))
-    train_set = IndexedFolder(args.data / "train", TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
+    record = RunLog(args.exp_dir, vars(args), TensorBoard(args.exp_dir / "tensorboard"))
+    train_set = IndexedFolder(args.images, TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
     center_set = train_set.with_transform(center_view(args.image_size))
     batch, workers = cli.batch_and_workers(args)
     sampler = EpochSampler(train_set, args.seed)
@@ -137,31 +144,58 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
         args.start_epoch = state["epoch"]
         del state  # as large as the model
     introduce(args, train_set, len(train_loader), device, record)
+    monitor = Monitor(train_set, val_loader(args, len(train_set)), args.monitor_freq, record)
 
     for epoch in range(args.start_epoch, args.epochs):
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
-        clusterings = e_step(model, center_loader, epoch, args, record) if epoch >= args.warmup_epoch else []
+        clusterings: list[Clustering] = []
+        if epoch >= args.warmup_epoch:
+            clusterings = e_step(model, center_loader, epoch, args, record, monitor)
+        elif monitor.is_due(epoch):
+            look_in_warm_up(model, center_loader, epoch, args, monitor)
         m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
         if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
             save(parallel, optimizer, epoch, args)
+    if is_main():
+        from pcl import figures  # slow to import
+
+        figures.draw(args.exp_dir)
+        log(f"pictures: {args.exp_dir / 'figures'}")
 
 
-def e_step(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, record: RunLog) -> list[Clustering]:
+def e_step(
+    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, record: RunLog, monitor: Monitor
+) -> list[Clustering]:
     """Cluster the momentum features of every training image at each granularity."""
-    start = time.monotonic()
-    model.eval()
-    model.share_statistics()
-    num_images = len(loader.dataset)
-    label = f"E-step {epoch + 1}/{args.epochs}"
-    features = extract_features(model, track(loader, label, len(loader)), num_images, model.queue.device)  # (N, C)
+    start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
+    features = momentum_features(model, loader, label)  # (N, C)
     between = time.monotonic()
     share = partial(shared_map, track=lambda jobs: track(jobs, f"{label} k-means", len(jobs)))
     clusterings = cluster_all(features, args.num_cluster, args.temperature, share=share)
     seconds = {"features_seconds": between - start, "kmeans_seconds": time.monotonic() - between}
-    record.write(epoch=epoch, **seconds)
+    record.figures(epoch, **seconds)
     log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
+    monitor.look(epoch, model, features, clusterings)
+    if is_main():
+        keep_e_step(args.exp_dir, epoch, features, clusterings, loader.dataset)
     return clusterings
+
+
+def momentum_features(model: MoCo, loader: DataLoader, label: str) -> Tensor:
+    """(N, C) unit-length features of every training image, center-cropped, by the key encoder."""
+    model.eval()
+    model.share_statistics()
+    return extract_features(model, track(loader, label, len(loader)), len(loader.dataset), model.queue.device)
+
+
+def look_in_warm_up(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, monitor: Monitor) -> None:
+    """Show whether it learns, as after an E-step, where there are no clusters yet."""
+    start = time.monotonic()
+    features = momentum_features(model, loader, "monitor")
+    monitor.look(epoch, model, features, [], start)
+    if is_main():
+        keep_e_step(args.exp_dir, epoch, features, [], loader.dataset)
 
 
 def m_step(
@@ -181,7 +215,7 @@ def m_step(
     progress = StepProgress(
         f"epoch {epoch + 1}/{args.epochs}", len(loader), cli.global_batch(args), args.print_freq, record, epoch
     )
-    for step, ((im_q, im_k), index) in enumerate(loader, start=1):
+    for step, ((im_q, im_k), index) in progress.batches(loader):
         im_q, im_k, index = (t.to(device, non_blocking=True) for t in (im_q, im_k, index))
         q, k, queue = model(im_q, im_k)
         logits, target = instance_logits(q, k, queue, args.temperature)
@@ -224,6 +258,26 @@ def save(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, epoch
     checkpoint.save(args.exp_dir / f"checkpoint_{epoch:04d}.pth.tar", state)
 
 
+def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
+    """This rank's share of the images of DIR/val/<class>/, for the monitor; None if they cannot tell anything.
+
+    At most an eighth of the number of training images, so that looking costs little beside training.
+    """
+    root = args.data / "val"
+    if args.monitor_freq == 0 or args.images == args.data or not root.is_dir():
+        return None
+    try:
+        images = IndexedFolder(root, center_view(args.image_size))
+    except FileNotFoundError:
+        return None
+    chosen = np.random.default_rng(0).permutation(len(images))[: num_images // 8]
+    images = images.subset(np.sort(chosen))
+    if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:
+        return None
+    batch, workers = cli.batch_and_workers(args)
+    return make_loader(images, share_of_rank(len(images)), 5 * batch, workers)
+
+
 def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, device: torch.device, record: RunLog) -> None:
     """Say on what, with what and how long this run will train."""
     world, batch = get_world_size(), cli.global_batch(args)
@@ -242,7 +296,8 @@ def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, devic
     record.write(**facts)
     log(f"machine: {describe_machine()}, talking by {facts['backend']}")
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
-    log(f"data: {len(images)} images in {facts['folders']} folders of {args.data / 'train'}, at {args.image_size} pixels")
+    where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
+    log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")

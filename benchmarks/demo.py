@@ -24,6 +24,7 @@ from pcl.checkpoint import backbone, load_backbone
 from pcl.cli import Parser, open_folder, positive
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
+from pcl.figures import draw
 from pcl.loader import IndexedFolder, center_view, make_loader
 from pcl.logs import track
 from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
@@ -85,7 +86,9 @@ def main() -> None:
     print("probe: accuracy of a linear classifier trained with all labels.")
     print("SVM, k = ..: mean average precision on collages, with all labels and with k of each class (5 draws).")
     print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}")
-    print(f"Its log: {run / 'log.jsonl'}; every figure: {run}/*.json")
+    draw(run)
+    print(f"Its log: {run / 'log.jsonl'}; every number: {run}/*.json; pictures: {run / 'figures'}")
+    print(f"Its curves: tensorboard --logdir {run / 'tensorboard'}")
 
 
 def script(name: str, *arguments: Any) -> None:
@@ -120,7 +123,7 @@ def score(network: nn.Module, known: IndexedFolder, query: IndexedFolder, size: 
     return {
         "kNN": 100 * knn_accuracy(x, y, q, truth),
         "1 label": 100 * one_shot_accuracy(x, y, q, truth),
-        "NMI": 100 * cluster_agreement(clustering.im2cluster, truth),
+        "NMI": 100 * cluster_agreement(clustering.im2cluster, truth)["nmi"],
     }
 
 

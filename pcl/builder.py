@@ -94,6 +94,15 @@ class MoCo(nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(self.r)
 
     @torch.no_grad()
+    def represent(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, features): what the query encoder's head is given; in eval mode the backbone to evaluate."""
+        head, self.encoder_q.fc = self.encoder_q.fc, nn.Identity()
+        try:
+            return self.encoder_q(images)
+        finally:
+            self.encoder_q.fc = head
+
+    @torch.no_grad()
     def share_statistics(self) -> None:
         """Give every rank rank 0's buffers, so that all encode alike in the E-step, as published."""
         if dist.is_initialized():

@@ -1,7 +1,11 @@
-"""Checkpoints: written whole or not at all, opened without running code, loaded with exact keys."""
+"""Checkpoints: written whole or not at all, opened without running code, loaded with exact keys.
+
+python -m pcl.checkpoint export CHECKPOINT OUT.pth      writes the backbone as a state dict of torchvision, without its fc
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 from collections.abc import Mapping
@@ -164,3 +168,28 @@ def _size(shape: torch.Size | None) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m pcl.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a torchvision backbone")
+    command.add_argument("checkpoint", type=Path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
+    command.add_argument("out", type=Path, help="the file to write; not there yet")
+    command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
+    args = parser.parse_args()
+    try:
+        if args.out.exists() or not args.out.parent.is_dir():
+            raise CheckpointError(f"{args.out}: exists already, or its folder does not; name another file")
+        network, arch = load_backbone(args.checkpoint, args.arch)
+        save(args.out, network.state_dict())
+    except (CheckpointError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"{args.out}: {arch} without its fc. To load it:")
+    print(f"  network = torchvision.models.{arch}()")
+    print(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from torch import nn
 
 from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone
 from pcl.distributed import available_cores, launch, launched_outside, local_processes, total_processes
-from pcl.loader import IndexedFolder, UnreadableImageError
+from pcl.loader import IndexedFolder, UnreadableImageError, holds_images
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,16 +151,25 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--batch-size {args.batch_size}: the {nproc} processes of this node do not divide it; try {lower}")
 
 
-def open_folder(parser: Parser, data: Path, split: str) -> IndexedFolder:
-    """The images of data/split/<class>/, without a transform; stops if there are none."""
+def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -> IndexedFolder:
+    """The images of data/split/<class>/, without a transform; stops if there are none.
+
+    Without `labelled`, they may also lie in data/split, or in data itself.
+    """
     if not data.is_dir():
         parser.error(f"DIR {data}: no such folder")
-    if not (data / split).is_dir():
-        parser.error(f"DIR {data}: it has no folder {split}/; the images belong into {data / split}/<class>/")
+    root = data / split
+    if not root.is_dir():
+        if labelled or not holds_images(data):
+            parser.error(f"DIR {data}: it has no folder {split}/; the images belong into {root}/<class>/")
+        root = data
     try:
-        return IndexedFolder(data / split, lambda image: image)
+        images = IndexedFolder(root, lambda image: image)
     except FileNotFoundError as error:
-        parser.error(f"DIR {data}: {error}; put the images into {data / split}/<class>/")
+        parser.error(f"DIR {data}: {error}; put the images into {root}/<class>/")
+    if labelled and not images.classes:
+        parser.error(f"DIR {data}: images lie in {root} itself; they belong into {root}/<class>/, which names their label")
+    return images
 
 
 def global_batch(args: argparse.Namespace) -> int:

@@ -128,6 +128,26 @@ def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, de
     return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
 
 
+def nearest_neighbours(
+    known: Tensor | np.ndarray, query: Tensor | np.ndarray, k: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k rows of `known` of largest inner product with each query, by exact search.
+
+    Args:
+        known: (N, C) float; unit length where the inner product is to be the cosine.
+        query: (Q, C) float.
+        k: at most N.
+        device: as for `kmeans`.
+
+    Returns:
+        inner products (Q, k) float32, largest first, and row numbers (Q, k) int64, on the CPU.
+    """
+    index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
+    index.add(_points(known))
+    product, row = index.search(_points(query), k)
+    return torch.from_numpy(product), torch.from_numpy(row)
+
+
 def one_by_one(function: Callable[[Any], Any], jobs: Sequence[Any], cost: Sequence[float]) -> list[Any]:
     """Every job in this process; the stand-in for `pcl.distributed.shared_map`."""
     return [function(job) for job in jobs]
@@ -161,7 +181,7 @@ def cluster_all(
         raise ValueError(f"{max(num_clusters)} clusters of {len(features)} images: ask for at most as many as there are")
     seeds = range(len(num_clusters)) if seeds is None else seeds
     features = torch.as_tensor(features)
-    device, points = features.device, features.detach().float().cpu().contiguous().numpy()
+    device, points = features.device, _points(features)
 
     jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
     runs = share(lambda job: kmeans(points, job[0], job[1], job[2], device), jobs, [k for k, _, _ in jobs])
@@ -178,11 +198,16 @@ def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float,
     return cluster_all(features, [num_cluster], temperature, [seed])[0]
 
 
-def _flat_index(dim: int, device: torch.device | None) -> Any:
+def _points(features: Tensor | np.ndarray) -> np.ndarray:
+    """Rows as faiss takes them."""
+    return torch.as_tensor(features).detach().float().cpu().contiguous().numpy()
+
+
+def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRIC_L2) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
-    faiss_has_gpu = hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
+    faiss_has_gpu = hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0
     if device is None or device.type != "cuda" or not faiss_has_gpu:
-        return faiss.IndexFlatL2(dim)
+        return faiss.IndexFlat(dim, metric)
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0
-    return faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim, config)
+    return faiss.GpuIndexFlat(faiss.StandardGpuResources(), dim, metric, config)

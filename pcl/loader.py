@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, make_dataset
 
 from pcl.distributed import derive_seed, get_rank, get_world_size
 
@@ -37,6 +37,8 @@ class UnreadableImageError(OSError):
 class IndexedFolder(Dataset):
     """Images of `root/<class>/..`, in torchvision's order, each with its index.
 
+    Where images lie in `root` itself, there are no classes: all images below it are one set without labels.
+
     Args:
         root: the folder.
         transform: from a PIL image (RGB) to what is returned.
@@ -45,18 +47,23 @@ class IndexedFolder(Dataset):
     `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` those of epoch 0.
 
     Raises:
-        FileNotFoundError: no folder, or no class folders with images in it.
+        FileNotFoundError: no folder, or no image in it.
         UnreadableImageError: on reading an image.
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
-        found = ImageFolder(root, allow_empty=True)
-        if not found.samples:
+        self.root = Path(root)
+        self.classes: list[str] = []  # none: without labels
+        if holds_images(root):
+            samples = make_dataset(str(root), {"": 0}, IMG_EXTENSIONS)
+        else:
+            found = ImageFolder(root, allow_empty=True)
+            self.classes, samples = found.classes, found.samples
+        if not samples:
             raise FileNotFoundError(f"no image in {root}/<class>/ (files called {', '.join(IMG_EXTENSIONS)})")
-        self.classes = found.classes
-        self.labels = np.array(found.targets)  # (N,)
+        self.labels = np.array([label for _, label in samples])  # (N,)
         # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
-        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])  # (N,) bytes
+        self._paths = np.array([os.fsencode(path) for path, _ in samples])  # (N,) bytes
         self.transform, self.seed = transform, seed
 
     def with_transform(self, transform: Callable[[Image.Image], Any]) -> IndexedFolder:
@@ -74,10 +81,20 @@ class IndexedFolder(Dataset):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def path(self, index: int) -> str:
+        """Of the image's file."""
+        return os.fsdecode(self._paths[index])
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with random_numbers_of(self.seed, epoch, index):
-            return self.transform(read_image(os.fsdecode(self._paths[index]))), index
+            return self.transform(read_image(self.path(index))), index
+
+
+def holds_images(folder: str | Path) -> bool:
+    """Whether an image lies in the folder itself."""
+    with os.scandir(folder) as entries:
+        return any(entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -55,10 +56,16 @@ class Meters:
 
 
 class RunLog:
-    """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and arguments."""
+    """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and arguments.
 
-    def __init__(self, folder: Path, args: dict[str, Any]) -> None:
-        self.path = folder / "log.jsonl"
+    Args:
+        folder: made if need be.
+        args: of the run.
+        board: also shows what `figures` is given.
+    """
+
+    def __init__(self, folder: Path, args: dict[str, Any], board: TensorBoard | None = None) -> None:
+        self.path, self.board = folder / "log.jsonl", board
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
@@ -69,9 +76,15 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
 
+    def figures(self, epoch: int, **figures: float) -> None:
+        """Append an epoch's figures (from 0), and show them in TensorBoard."""
+        self.write(epoch=epoch, **figures)
+        if self.board:
+            self.board.write(epoch, **figures)
+
 
 class TensorBoard:
-    """Scalars by epoch for TensorBoard, in `folder`, from the main process."""
+    """Scalars and histograms by epoch for TensorBoard, in `folder`, from the main process."""
 
     def __init__(self, folder: Path) -> None:
         self._logger = None
@@ -90,6 +103,12 @@ class TensorBoard:
         if self._logger:
             for name, value in figures.items():
                 self._logger.log_value(name, value, epoch)
+
+    def histogram(self, epoch: int, **values: np.ndarray) -> None:
+        """Add a histogram of each array, of at least one number."""
+        if self._logger:
+            for name, numbers in values.items():
+                self._logger.log_histogram(name, numbers, epoch)
 
 
 def track(items: Iterable, label: str, total: int) -> Iterator:
@@ -112,6 +131,7 @@ class StepProgress:
         images: in a step, over all ranks.
         print_freq: steps between two lines, and between two records.
         record: takes each record that is due.
+        epoch: from 0, for the records.
     """
 
     def __init__(self, label: str, steps: int, images: int, print_freq: int, record: RunLog, epoch: int) -> None:
@@ -119,7 +139,19 @@ class StepProgress:
         self.record, self.epoch = record, epoch
         self.bar = tqdm(total=steps, desc=label, leave=False, disable=None if is_main() else True)
         self.start = time.monotonic()
-        self.shown = self.start
+        self.shown, self.waited = self.start, 0.0
+
+    def batches(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
+        """(1, first batch), (2, second batch), ..; the time that the loader needs is noted."""
+        batches, number = iter(loader), 0
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            number += 1
+            yield number, batch
 
     def step(self, done: int, meters: Meters) -> None:
         """Tell of `done` steps, if it is time to."""
@@ -143,8 +175,9 @@ class StepProgress:
         seconds = time.monotonic() - self.start
         means = meters.means_over_ranks()
         rate = self.steps * self.images / seconds
-        record = {**means, **more, "images_per_second": rate, "seconds": seconds}
-        self.record.write(epoch=self.epoch, **record)
+        shares = {"data_seconds": self.waited, "compute_seconds": seconds - self.waited, "seconds": seconds}
+        record = {**means, **more, "images_per_second": rate, **shares}
+        self.record.figures(self.epoch, **record)
         log(f"{self.label}  {show(means)}  {rate:.0f} images/s  {seconds:.0f} s")
         return record
 

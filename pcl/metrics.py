@@ -1,6 +1,6 @@
 """Figures of merit: top-k accuracy, nearest neighbours, few labels, agreement of clusters and labels, average precision.
 
-Letters: B batch, N images with known labels, Q images to classify, C features.
+Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pcl.clustering import nearest_neighbours
 
 
 def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
@@ -28,18 +30,48 @@ def knn_accuracy(
         known_label: (N,) int64, from 0.
         query: (Q, C) features.
         label: (Q,) int64.
-        k: neighbours, at most N.
+        k: neighbours; all known images if there are fewer.
         temperature: small ones listen to the nearest alone.
     """
     known, query = F.normalize(known, dim=1), F.normalize(query, dim=1)
-    classes = int(torch.cat([known_label, label]).max()) + 1
+    cosine, near = nearest_neighbours(known, query, min(k, len(known)), known.device)  # (Q, k)
+    return _share_of_right_votes((cosine / temperature).exp(), known_label.cpu()[near], label.cpu())
+
+
+def leave_one_out_accuracy(
+    features: Tensor, label: Tensor, k: int = 20, temperature: float = 0.1, most: int = 20_000, seed: int = 0
+) -> float:
+    """`knn_accuracy` of images among all the others: each is classified by its neighbours, itself left out.
+
+    Args:
+        features: (N, C), of any length; N is at least 2.
+        label: (N,) int64, from 0.
+        k, temperature: as for `knn_accuracy`.
+        most: images to classify; of more, that many are drawn.
+        seed: of that choice.
+    """
+    features = F.normalize(features, dim=1)
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(features))[:most])  # (Q,)
+    # One more neighbour, since an image is its own nearest one (or one of several that are equal to it).
+    count = min(k + 1, len(features))
+    cosine, near = nearest_neighbours(features, features[chosen.to(features.device)], count, features.device)
+    weight = (cosine / temperature).exp()  # (Q, k + 1)
+    itself = near == chosen[:, None]
+    weight[itself] = 0
+    if count > k:
+        weight[~itself.any(dim=1), -1] = 0
+    label = label.cpu()
+    return _share_of_right_votes(weight, label[near], label[chosen])
+
+
+def _share_of_right_votes(weight: Tensor, voted: Tensor, truth: Tensor) -> float:
+    """Each row's (Q, k) weights go to the labels (Q, k); the heaviest label is compared with the truth (Q,)."""
+    classes = int(max(voted.max(), truth.max())) + 1
     hits = 0
-    for part, truth in zip(query.split(1024), label.split(1024), strict=True):
-        cosine, near = (part @ known.T).topk(min(k, len(known)), dim=1)  # (1024, k)
-        votes = cosine.new_zeros(len(part), classes)
-        votes.scatter_add_(1, known_label[near], (cosine / temperature).exp())
-        hits += int((votes.argmax(dim=1) == truth).sum())
-    return hits / len(label)
+    for w, v, t in zip(weight.split(1024), voted.split(1024), truth.split(1024), strict=True):
+        votes = w.new_zeros(len(w), classes).scatter_add_(1, v, w)
+        hits += int((votes.argmax(dim=1) == t).sum())
+    return hits / len(truth)
 
 
 def one_shot_accuracy(
@@ -64,11 +96,54 @@ def one_shot_accuracy(
     return float(torch.stack(accuracy).mean())
 
 
-def cluster_agreement(im2cluster: Tensor, label: Tensor) -> float:
-    """Normalised mutual information (arithmetic mean) of two labellings (N,): 1 if the same, 0 if independent."""
-    from sklearn.metrics import normalized_mutual_info_score  # slow to import, and training does not need it
+def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarray) -> dict[str, float]:
+    """How far clusters and labels, both (N,) integer, say the same.
 
-    return float(normalized_mutual_info_score(label.cpu().numpy(), im2cluster.cpu().numpy()))
+    Returns:
+        nmi: normalised mutual information (arithmetic mean), 0 to 1; many small clusters raise it by chance alone.
+        ami: adjusted for that: 1 if the same, 0 on average for clusters drawn at random (Vinh et al. 2010).
+        purity: share of images that have the commonest label of their cluster.
+    """
+    from sklearn.metrics.cluster import contingency_matrix, mutual_info_score  # slow to import
+
+    table = contingency_matrix(torch.as_tensor(im2cluster).cpu(), torch.as_tensor(label).cpu(), sparse=True)
+    size, shown = np.asarray(table.sum(axis=1)).ravel(), np.asarray(table.sum(axis=0)).ravel()
+    purity = float(table.max(axis=1).sum() / table.sum())
+    if len(size) == len(shown) == 1:
+        return {"nmi": 1.0, "ami": 1.0, "purity": purity}
+    mutual = mutual_info_score(None, None, contingency=table)
+    entropy = [-float(np.sum(p * np.log(p))) for p in (size / size.sum(), shown / shown.sum())]
+    mean, chance = np.mean(entropy), _expected_mutual_information(size, shown)
+    tiny = np.finfo(float).eps  # where each image is a cluster of its own, chance reaches the mean
+    return {"nmi": float(mutual / mean), "ami": float((mutual - chance) / max(mean - chance, tiny)), "purity": purity}
+
+
+def _expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two random labellings with groups of sizes a and b (Vinh et al. 2010, equation 24a).
+
+    scikit-learn's takes a step for each pair of groups: hours for 100,000 clusters and as many. Groups of one size
+    have one term, so that a pair of distinct sizes is enough.
+    """
+    from scipy.special import gammaln
+
+    total = int(a.sum())
+    (size_a, times_a), (size_b, times_b) = (np.unique(sizes, return_counts=True) for sizes in (a, b))
+    if len(size_a) > len(size_b):
+        size_a, times_a, size_b, times_b = size_b, times_b, size_a, times_a
+    expected = 0.0
+    for x, times in zip(size_a, times_a, strict=True):
+        y = size_b[:, None]  # (sizes, 1)
+        shared = np.arange(1, min(x, size_b[-1]) + 1)  # images in both groups
+        possible = (shared <= y) & (shared >= x + y - total)  # (sizes, min(x, y))
+        row, column = np.nonzero(possible)
+        y, n = size_b[row], shared[column]
+        log_probability = (
+            gammaln(x + 1) + gammaln(total - x + 1) + gammaln(y + 1) + gammaln(total - y + 1) - gammaln(total + 1)
+            - gammaln(n + 1) - gammaln(x - n + 1) - gammaln(y - n + 1) - gammaln(total - x - y + n + 1)
+        )  # fmt: skip
+        term = n / total * np.log(total * n / (x * y)) * np.exp(log_probability)
+        expected += times * float(np.sum(times_b[row] * term))
+    return expected
 
 
 def average_precision(target: Tensor | np.ndarray, score: Tensor | np.ndarray) -> float:

@@ -6,7 +6,9 @@ import warnings
 import pytest
 import torch
 import torchvision
+from conftest import run_script
 
+from pcl import checkpoint
 from pcl.builder import MoCo
 from pcl.checkpoint import CheckpointError, architectures, backbone, load, load_backbone, load_for_resume, save
 
@@ -142,3 +144,30 @@ def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head()
 @functools.cache
 def smallest(name):
     return torchvision.models.get_model(name, weights=None)
+
+
+def test_an_exported_backbone_loads_into_torchvision(tmp_path, capsys):
+    model = moco(mlp=True)
+    torch.save(published(model), tmp_path / "c.pth.tar")
+    run_script(checkpoint, "export", tmp_path / "c.pth.tar", tmp_path / "backbone.pth")
+    network = torchvision.models.get_model(ARCH)
+    assert ARCH in capsys.readouterr().out
+    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert (set(missing), unexpected) == ({"fc.weight", "fc.bias"}, [])
+    for name, value in weights.items():
+        assert torch.equal(value, model.encoder_q.state_dict()[name])
+
+
+@pytest.mark.parametrize("wrong", ["missing", "there already", "no checkpoint"])
+def test_an_export_that_cannot_be_is_one_line(tmp_path, capsys, wrong):
+    out, source = tmp_path / "out.pth", tmp_path / "c.pth.tar"
+    if wrong == "there already":
+        out.write_text("precious")
+    if wrong != "missing":
+        torch.save({"epoch": 1} if wrong == "no checkpoint" else published(moco()), source)
+    with pytest.raises(SystemExit) as stop:
+        run_script(checkpoint, "export", source, out)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not out.exists() or out.read_text() == "precious"

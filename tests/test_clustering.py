@@ -5,7 +5,7 @@ import torch
 from conftest import GOLDEN, save_result
 
 from pcl import clustering
-from pcl.clustering import Clustering, cluster, cluster_all, concentration, describe
+from pcl.clustering import Clustering, cluster, cluster_all, concentration, describe, nearest_neighbours
 from pcl.distributed import shared_map
 
 
@@ -124,3 +124,11 @@ def test_clusterings_are_the_same_for_one_and_two_ranks(two_ranks):
         for j, expected in enumerate(alone):
             for name in expected.__dataclass_fields__:
                 torch.testing.assert_close(result[f"{name}{j}"], getattr(expected, name), rtol=0, atol=0)
+
+
+def test_nearest_neighbours_are_those_of_largest_inner_product():
+    known, query = torch.randn(50, 6), torch.randn(9, 6)
+    product, row = nearest_neighbours(known, query.numpy(), 4)
+    expected = (query @ known.T).topk(4, dim=1)
+    assert torch.equal(row, expected.indices)
+    torch.testing.assert_close(product, expected.values)

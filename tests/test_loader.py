@@ -1,4 +1,5 @@
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,18 @@ def test_a_folder_gives_images_in_torchvision_s_order_with_their_index(image_fol
         path = image_folder / "train" / ("a" if i < 10 else "b") / f"{i if i < 10 else i - 10:02d}.png"
         assert index == i
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(path)))
+
+
+def test_images_without_class_folders_are_one_set_without_labels(image_folder, tmp_path):
+    for folder, names in (("", ("b.JPG", "a.jpg")), ("deeper/below", ("c.jpg",))):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / name, "jpeg")
+    (tmp_path / "notes.txt").write_text("no image")
+    folder = IndexedFolder(tmp_path, np.asarray)
+    assert [Path(folder.path(i)).relative_to(tmp_path).as_posix() for i in range(3)] == ["a.jpg", "b.JPG", "deeper/below/c.jpg"]
+    assert (folder.classes, folder.labels.tolist()) == ([], [0, 0, 0])
+    assert len(IndexedFolder(image_folder / "train" / "a", np.asarray)) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut off"])

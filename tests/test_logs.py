@@ -3,9 +3,10 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pcl import logs
-from pcl.logs import Meters, RunLog, StepProgress, log, show
+from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, log, show
 
 
 def test_meters_are_means():
@@ -46,6 +47,27 @@ def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
     assert len(lines) == 3
     assert lines[0].startswith("epoch 1/2  step 2/5  loss 1.500")
     assert lines[2].startswith("epoch 1/2  loss 3.000")
+
+
+def test_the_time_that_a_loader_needs_is_told_apart(tmp_path):
+    record = RunLog(tmp_path, {}, TensorBoard(tmp_path))
+    progress = StepProgress("epoch 1/1", 3, 8, print_freq=9, record=record, epoch=4)
+
+    def slow_loader():
+        for batch in "abc":
+            time.sleep(0.1)
+            yield batch
+
+    assert list(progress.batches(slow_loader())) == [(1, "a"), (2, "b"), (3, "c")]
+    time.sleep(0.2)
+    progress.close(Meters(), lr=0.5)
+    figures = records(tmp_path)[-1]
+    assert figures["data_seconds"] >= 0.3
+    assert figures["compute_seconds"] >= 0.2
+    assert figures["data_seconds"] + figures["compute_seconds"] == pytest.approx(figures["seconds"])
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("lr")] == [(4, 0.5)]
+    assert {"data_seconds", "compute_seconds", "images_per_second"} <= set(board.Tags()["scalars"])
 
 
 def test_only_the_main_process_speaks_and_writes(tmp_path, capsys, monkeypatch):

@@ -47,6 +47,10 @@ def weights(exp_dir, epoch=2):
     return {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer", "seed")}
 
 
+def records_of(exp_dir):
+    return [json.loads(line) for line in (exp_dir / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def finished(image_folder, tmp_path_factory):
     """A run of three epochs, of which the second and third have an E-step."""
@@ -60,7 +64,17 @@ def finished(image_folder, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_ends_with_a_checkpoint_in_the_published_form_and_a_log(finished):
-    assert files_below(finished) == ["checkpoint_0002.pth.tar", "log.jsonl"]
+    (board,) = (finished / "tensorboard").iterdir()
+    pictures = ("concentration", "prototypes_3", "prototypes_5", "seconds", "training_curves", "tsne")
+    assert files_below(finished) == [
+        "checkpoint_0002.pth.tar",
+        "e_step.pth.tar",
+        "figures",
+        *(f"figures/{name}.png" for name in pictures),
+        "log.jsonl",
+        "tensorboard",
+        f"tensorboard/{board.name}",
+    ]
     state = load(finished / "checkpoint_0002.pth.tar")
     assert (state["epoch"], state["arch"], state["seed"]) == (3, "shufflenet_v2_x0_5", 1)
     assert state["state_dict"]["module.queue"].shape == (16, 20)
@@ -68,7 +82,7 @@ def test_a_run_ends_with_a_checkpoint_in_the_published_form_and_a_log(finished):
     for encoder in ("encoder_q", "encoder_k"):
         assert state["state_dict"][f"module.{encoder}.fc.2.weight"].shape == (16, 1024)
 
-    head, *records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    head, *records = records_of(finished)
     assert head["args"]["num_cluster"] == [3, 5]
     assert (records[0]["images"], records[0]["steps_of_an_epoch"], records[0]["negatives_at_most"]) == (25, 3, [2, 4])
     assert [r["epoch"] for r in records if "kmeans_seconds" in r] == [1, 2]
@@ -91,6 +105,29 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder,
 
 
 @pytest.mark.slow
+def test_looking_changes_nothing(image_folder, finished, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "--monitor-freq", 0)
+    assert_same(weights(tmp_path), weights(finished))
+    looks = [[r["epoch"] for r in records_of(folder) if "monitor_seconds" in r] for folder in (finished, tmp_path)]
+    assert looks == [[0, 1, 2], []]
+    last = next(r for r in records_of(finished) if "monitor_seconds" in r and r["epoch"] == 2)
+    assert {"knn_train", "knn_val", "clusters_5/ami", "clusters_5/changed"} <= last.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["train", ""])
+def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys, where):
+    shutil.copytree(image_folder / "train" / "b", tmp_path / "photos" / where)
+    run(tmp_path / "photos", "--exp-dir", tmp_path / "run", "--epochs", 2)
+    assert f"15 images without labels in {tmp_path / 'photos' / where}" in capsys.readouterr().out
+    last = load(tmp_path / "run" / "e_step.pth.tar")
+    assert (last["epoch"], last["classes"], len(last["labels"])) == (1, [], 15)
+    assert (tmp_path / "run" / "figures" / "prototypes_5.png").exists()
+    looks = [r for r in records_of(tmp_path / "run") if "monitor_seconds" in r]
+    assert [(r["epoch"], "clusters_5/empty" in r, "knn_train" in r) for r in looks] == [(1, True, False)]
+
+
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
     class Stop(Exception):  # noqa: N818
         pass
@@ -108,7 +145,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
         with pytest.raises(Stop):
             run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2)
         torch.distributed.destroy_process_group()
-    assert files_below(tmp_path) == ["checkpoint_0001.pth.tar", "log.jsonl"]
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint_0001.pth.tar"]
 
     unseeded = TINY.removesuffix("--seed 1")  # the seed comes from the checkpoint
     run(image_folder, "--exp-dir", tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar", tiny=unseeded)
@@ -138,7 +175,7 @@ def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
     assert "no GPU; 1 process, talking by gloo" in out
     assert "25 images in 2 folders" in out
     assert "batch: 8 images, 8 in each process" in out
-    assert files_below(tmp_path / "new") == ["checkpoint_0000.pth.tar", "log.jsonl"]
+    assert (tmp_path / "new" / "checkpoint_0000.pth.tar").exists()
 
 
 @pytest.mark.slow
@@ -170,7 +207,6 @@ WRONG = {
     "no such folder": ("nowhere", "", "nowhere: no such folder"),
     "no train": ("{images}/train", "", "no folder train/"),
     "no images": ("{empty}", "", "no image in {empty}/train/<class>/"),
-    "no class folders": ("{flat}", "", "put the images into {flat}/train/<class>/"),
     "no epoch left": ("{images}", "--start-epoch 3", "--start-epoch 3: the epochs of --epochs 3 are 0 to 2"),
     "fewer images than a batch": ("{images}", "-b 26 --pcl-r 30", "--batch-size: 26 images in a step"),
     "batch and processes": (
@@ -202,8 +238,7 @@ WRONG = {
 def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, finished, tmp_path, capsys, monkeypatch):
     data, options, message = wrong
     (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
-    shutil.copytree(image_folder / "train" / "a", tmp_path / "flat" / "train")
-    places = {"images": image_folder, "empty": tmp_path / "empty", "flat": tmp_path / "flat", "run": finished}
+    places = {"images": image_folder, "empty": tmp_path / "empty", "run": finished}
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)

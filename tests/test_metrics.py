@@ -5,8 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from pcl.metrics import average_precision, cluster_agreement, knn_accuracy, one_shot_accuracy, topk_accuracy
+from pcl.metrics import (
+    average_precision,
+    cluster_agreement,
+    knn_accuracy,
+    leave_one_out_accuracy,
+    one_shot_accuracy,
+    topk_accuracy,
+)
 
 
 def test_topk_accuracy_counts_rows():
@@ -32,6 +40,32 @@ def test_knn_takes_more_neighbours_than_there_are():
     assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), k=50) == 1
 
 
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_leaving_one_out_is_a_vote_of_all_the_others(k):
+    features, label = torch.randn(40, 5), torch.randint(4, (40,))
+    features[7] = features[3]  # two images alike: each is the other's nearest neighbour
+    hits = sum(
+        knn_accuracy(features[others], label[others], features[i : i + 1], label[i : i + 1], k=k)
+        for i, others in ((i, torch.arange(40) != i) for i in range(40))
+    )
+    assert leave_one_out_accuracy(features, label, k=k) == hits / 40
+
+
+def test_leaving_one_out_does_not_see_the_image_itself():
+    twins, label = torch.eye(8).repeat(2, 1), torch.tensor([0] * 8 + [1] * 8)
+    assert leave_one_out_accuracy(twins, label, k=1) == 0
+    # Here the search does not even find each image among its six nearest ones, all equally near.
+    assert leave_one_out_accuracy(torch.eye(8).repeat(30, 1), torch.randint(2, (240,)), k=5) < 0.75
+
+
+def test_leaving_one_out_asks_about_some_of_many():
+    features, label = torch.randn(500, 5), torch.randint(2, (500,))
+    few = [leave_one_out_accuracy(features, label, most=50, seed=seed) for seed in (0, 0, 1, 2)]
+    assert few[0] == few[1]
+    assert len(set(few)) > 1
+    assert all((accuracy * 50) % 1 == pytest.approx(0, abs=1e-9) for accuracy in few)
+
+
 def test_one_shot_is_one_for_separate_classes_and_chance_for_noise():
     centers, label = torch.eye(5), torch.arange(5).repeat(40)
     x = centers[label] + 0.01 * torch.randn(200, 5)
@@ -43,8 +77,24 @@ def test_one_shot_is_one_for_separate_classes_and_chance_for_noise():
 
 def test_agreement_does_not_depend_on_names():
     label = torch.tensor([0, 0, 1, 1, 2, 2])
-    assert cluster_agreement(torch.tensor([5, 5, 3, 3, 9, 9]), label) == pytest.approx(1)
-    assert cluster_agreement(torch.zeros(6, dtype=torch.long), label) == pytest.approx(0)
+    assert cluster_agreement(torch.tensor([5, 5, 3, 3, 9, 9]), label) == pytest.approx({"nmi": 1, "ami": 1, "purity": 1})
+    one = cluster_agreement(torch.zeros(6, dtype=torch.long), label)
+    assert one == pytest.approx({"nmi": 0, "ami": 0, "purity": 1 / 3})
+
+
+@pytest.mark.parametrize(("n", "clusters", "labels"), [(60, 5, 4), (500, 200, 10), (300, 2, 290), (40, 1, 1), (40, 40, 40)])
+def test_agreement_is_scikit_learn_s(n, clusters, labels):
+    im2cluster, label = torch.randint(clusters, (n,)), torch.randint(labels, (n,))
+    im2cluster[: n // 2] = label[: n // 2] % clusters
+    ours = cluster_agreement(im2cluster, label)
+    assert ours["nmi"] == pytest.approx(normalized_mutual_info_score(label, im2cluster), abs=1e-9)
+    assert ours["ami"] == pytest.approx(adjusted_mutual_info_score(label, im2cluster), abs=1e-9)
+    commonest = [int(label[im2cluster == c].bincount().max()) for c in im2cluster.unique()]
+    assert ours["purity"] == pytest.approx(sum(commonest) / n)
+
+
+def test_agreement_of_each_image_for_itself_is_no_better_than_chance():
+    assert cluster_agreement(torch.arange(30), torch.arange(30) % 3)["ami"] == pytest.approx(0, abs=1e-6)
 
 
 def test_average_precision_is_the_published_one():

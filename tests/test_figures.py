@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script
+from PIL import Image
+
+from pcl import figures
+from pcl.clustering import cluster
+from pcl.loader import IndexedFolder
+from pcl.monitor import keep_e_step
+
+
+def run_folder(folder, images, num_clusters):
+    """EXP_DIR with a log of three epochs and the E-step before the third."""
+    features = F.normalize(torch.randn(len(images), 4), dim=1)
+    clusterings = [cluster(features, k, temperature=0.2) for k in num_clusters]
+    folder.mkdir()
+    keep_e_step(folder, 2, features, clusterings, images)
+    records = [{"args": {"images": str(images.root), "warmup_epoch": 2, "arch": "resnet18"}}]
+    for epoch in range(3):
+        records.append({"epoch": epoch, "step": 1, "loss_instance": 99.0})
+        records.append({"epoch": epoch, "loss_instance": 5.0 - epoch, "acc_instance": 0.1, "lr": 0.03, "seconds": 4.0})
+        records.append({"epoch": epoch, "knn_train": 0.5, **{f"clusters_{k}/ami": 0.3 for k in num_clusters}})
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def result(path, arch, weights, ap):
+    low_shot = {str(k): {"mean": k / 100, "std": 0.01} for k in (1, 2, 4)}
+    checkpoint = {"arch": arch, "weights": weights}
+    ap_mean = float(np.mean(list(ap.values())))
+    path.write_text(json.dumps({"checkpoint": checkpoint, "full": {"ap": ap, "map": ap_mean}, "low_shot": low_shot}))
+
+
+def test_every_picture_is_written_and_shows_something(six_classes, tmp_path):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3, 12])
+    result(exp_dir / "svm.json", "pixels", "none", {"dog": 0.2, "cat": 0.6})
+    result(tmp_path / "other.json", "resnet18", "run/checkpoint_0002.pth.tar", {"dog": 0.3, "cat": 0.7})
+    (exp_dir / "unrelated.json").write_text("[1, 2]")
+    written = figures.draw(exp_dir, [tmp_path / "other.json"])
+    names = ["training_curves", "seconds", "tsne", "concentration", "prototypes_3", "prototypes_12", "ap_per_class", "low_shot"]
+    assert written == [exp_dir / "figures" / f"{name}.png" for name in names]
+    for path in written:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_curves_are_those_of_the_log(six_classes, tmp_path):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
+    with (exp_dir / "log.jsonl").open("a") as file:  # the run was resumed, did epoch 3 again, and was cut off
+        file.write(json.dumps({"epoch": 2, "loss_instance": 2.5}) + '\n{"epoch": 3, "loss_inst')
+    arguments, epochs = figures.read_log(exp_dir / "log.jsonl")
+    losses, _, knn, agreement, *_ = figures.training_curves(epochs, arguments).axes
+    (instance,) = [line for line in losses.lines if line.get_label() == "InfoNCE"]
+    assert instance.get_xydata().tolist() == [[1, 5], [2, 4], [3, 2.5]]
+    (accuracy,) = [line for line in knn.lines if line.get_label() == "training images, momentum features"]
+    assert accuracy.get_ydata().tolist() == [50, 50, 50]
+    assert "K = 3" in [line.get_label() for line in agreement.lines]
+
+
+def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path, monkeypatch):
+    images = IndexedFolder(six_classes / "train", None)
+    exp_dir = run_folder(tmp_path / "run", images, [5])
+    last = figures.checkpoint.load(exp_dir / "e_step.pth.tar")
+    shown, opened = [], figures.thumbnail
+    monkeypatch.setattr(figures, "thumbnail", lambda path: shown.append(path) or opened(path))
+    (granularity,) = last["granularities"]
+    figures.nearest_images(granularity, last, images)
+    expected = []
+    for prototype in granularity["concentration"].argsort(stable=True):
+        members = [i for i in range(len(images)) if granularity["im2cluster"][i] == prototype]
+        if len(members) > 1:
+            expected += sorted(members, key=lambda i: -granularity["cosine"][i])[:10]
+    assert shown == [images.path(i) for i in expected]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_few_images_without_labels_are_enough(tmp_path, count):
+    (tmp_path / "images").mkdir()
+    for i in range(count):
+        Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(tmp_path / "images", None), [1, count])
+    assert {path.stem for path in figures.draw(exp_dir)} >= {"tsne", "concentration", "prototypes_1", f"prototypes_{count}"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
+    names = ["_hidden", "$a$b$", "x" * 200, *(f"class {i:02d}" for i in range(20))]
+    for i, name in enumerate(names):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(tmp_path / "images" / name / "0.png")
+    images = IndexedFolder(tmp_path / "images", None)
+    exp_dir = run_folder(tmp_path / "run", images, [4])
+    figures.draw(exp_dir)
+    (axes,) = figures.tsne(figures.checkpoint.load(exp_dir / "e_step.pth.tar")).axes
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend[0] == "13 other classes"
+    assert len(legend) == 11
+
+
+def test_images_that_have_gone_leave_the_other_pictures(six_classes, tmp_path, capsys):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
+    arguments, _ = figures.read_log(exp_dir / "log.jsonl")
+    (exp_dir / "log.jsonl").write_text(json.dumps({"args": {**arguments, "images": str(tmp_path / "moved")}}) + "\n")
+    assert [path.stem for path in figures.draw(exp_dir)] == ["tsne", "concentration"]
+    assert "no longer" in capsys.readouterr().out
+
+
+def test_a_folder_with_nothing_to_draw_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(figures, tmp_path)
+    assert stop.value.code == 2
+    assert "holds no log.jsonl" in capsys.readouterr().err
