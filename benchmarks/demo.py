@@ -32,7 +32,8 @@ from pcl.samples import write_image_folder, write_voc
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = "resnet18"
-SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6 --seed 0 --nproc 1"
+SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6 --monitor-freq 3"
+SETTINGS += " --seed 0 --nproc 1"
 
 
 def get_parser() -> Parser:

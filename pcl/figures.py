@@ -283,8 +283,9 @@ def tsne(last: dict[str, Any]) -> Figure:
         x, y = place[label == number].T
         axes.scatter(x, y, area, color=color, marker=marker, linewidths=0, label=plain(classes[number]))
     if len(classes) > 1:
-        axes.legend(fontsize=8, markerscale=max(1, (30 / area) ** 0.5), loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set(title=title, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[], aspect="equal")
+        figure.legend(fontsize=8, markerscale=max(1, (30 / area) ** 0.5), loc="outside center right")
+    axes.set(title=title, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+    axes.set_aspect("equal", adjustable="datalim")
     return figure
 
 
