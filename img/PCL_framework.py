@@ -1,5 +1,6 @@
 """Draw PCL_framework.png, the picture of the method in the README: python img/PCL_framework.py"""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def arrow(
     axes: Axes, *points: tuple[float, float], color: str = INK, style: str = "-", bend: float = 0, width: float = 1.6
 ) -> None:
     """Through the points; the head stands at the last."""
-    for start, end in zip(points[:-2], points[1:-1], strict=True):
+    for start, end in pairwise(points[:-1]):
         axes.plot(*zip(start, end, strict=True), color=color, ls=style, lw=width, solid_capstyle="round")
     axes.add_patch(
         FancyArrowPatch(

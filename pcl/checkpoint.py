@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, opened without running code, loaded with exact keys.
 
-python -m pcl.checkpoint export CHECKPOINT OUT.pth      writes the backbone as a state dict of torchvision, without its fc
+The backbone of one, as a state dict of torchvision without its fc:
+
+    python -m pcl.checkpoint export CHECKPOINT OUT.pth
 """
 
 from __future__ import annotations
@@ -170,7 +172,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "python -m pcl.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,6 +181,11 @@ def main() -> None:
     command.add_argument("checkpoint", type=Path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
     command.add_argument("out", type=Path, help="the file to write; not there yet")
     command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
     args = parser.parse_args()
     try:
         if args.out.exists() or not args.out.parent.is_dir():

@@ -283,7 +283,7 @@ def tsne(last: dict[str, Any]) -> Figure:
         x, y = place[label == number].T
         axes.scatter(x, y, area, color=color, marker=marker, linewidths=0, label=plain(classes[number]))
     if len(classes) > 1:
-        figure.legend(fontsize=8, markerscale=max(1, (30 / area) ** 0.5), loc="outside center right")
+        axes.legend(fontsize=8, markerscale=max(1, (30 / area) ** 0.5), loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(title=title, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     return figure
@@ -346,12 +346,18 @@ def low_shot_curves(low_shot: dict[str, dict]) -> Figure:
     return figure
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "python -m pcl.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("exp_dir", type=Path, metavar="EXP_DIR", help="of a run of main_pcl.py")
     parser.add_argument("--results", type=Path, nargs="*", default=[], metavar="FILE.json", help="of eval_svm_voc.py --output")
+    return parser
+
+
+def main() -> None:
+    parser = get_parser()
     args = parser.parse_args()
     try:
         written = draw(args.exp_dir, args.results)

@@ -74,10 +74,15 @@ def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
         first += count
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, metavar="DIR", help="the folder to write; made if need be")
-    root = parser.parse_args().root
+    return parser
+
+
+def main() -> None:
+    root = get_parser().parse_args().root
     write_image_folder(root)
     write_voc(root, root)
     counts = {split: len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val")}

@@ -96,8 +96,8 @@ def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
     images = IndexedFolder(tmp_path / "images", None)
     exp_dir = run_folder(tmp_path / "run", images, [4])
     figures.draw(exp_dir)
-    (legend_box,) = figures.tsne(figures.checkpoint.load(exp_dir / "e_step.pth.tar")).legends
-    legend = [text.get_text() for text in legend_box.get_texts()]
+    (axes,) = figures.tsne(figures.checkpoint.load(exp_dir / "e_step.pth.tar")).axes
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend[0] == "13 other classes"
     assert len(legend) == 11
 
