@@ -9,6 +9,7 @@ Options that are not the demo's own go to main_pcl.py. The settings were chosen 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}")
     draw(run)
     print(f"Its log: {run / 'log.jsonl'}; every number: {run}/*.json; pictures: {run / 'figures'}")
-    print(f"Its curves: tensorboard --logdir {run / 'tensorboard'}")
+    print(f"Its curves: {Path(os.path.relpath(sys.executable)).with_name('tensorboard')} --logdir {run / 'tensorboard'}")
 
 
 def script(name: str, *arguments: Any) -> None:
