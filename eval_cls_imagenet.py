@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint, cli
 from pcl.builder import extract_features
 from pcl.distributed import get_rank, is_main, seed_everything, total_processes
-from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, share_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, normalize, share_of_rank
 from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
 from pcl.metrics import topk_accuracy
 
@@ -206,7 +206,7 @@ def train_head(
     for step, (images, index) in progress.batches(loader):
         target = labels[index.to(labels.device, non_blocking=True)]
         with torch.no_grad():
-            features = backbone(images.to(labels.device, non_blocking=True))
+            features = backbone(normalize(images.to(labels.device, non_blocking=True)))
         logits = head(features)
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()

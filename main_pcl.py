@@ -35,6 +35,7 @@ from pcl.loader import (
     TwoViews,
     center_view,
     make_loader,
+    normalize,
     random_view,
     share_of_rank,
 )
@@ -217,7 +218,7 @@ def m_step(
     )
     for step, ((im_q, im_k), index) in progress.batches(loader):
         im_q, im_k, index = (t.to(device, non_blocking=True) for t in (im_q, im_k, index))
-        q, k, queue = model(im_q, im_k)
+        q, k, queue = model(normalize(im_q), normalize(im_k))
         logits, target = instance_logits(q, k, queue, args.temperature)
         loss_instance = F.cross_entropy(logits, target)
         figures = {"loss_instance": loss_instance, "acc_instance": topk_accuracy(logits, target)}

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 
 from pcl.figures import COLORS
-from pcl.loader import normalize, random_view
+from pcl.loader import random_view
 from pcl.samples import SOURCE
 
 QUERY, KEY, INK, GRADIENT = COLORS[0], COLORS[4], "#222222", COLORS[1]
@@ -61,8 +61,7 @@ def views(image: np.ndarray, count: int) -> list[np.ndarray]:
     torch.manual_seed(8)
     view = random_view(64, aug_plus=True)
     large = Image.fromarray(image).convert("RGB").resize((112, 112))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (normalize.mean, normalize.std))
-    return [((view(large) * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy() for _ in range(count)]
+    return [view(large).permute(1, 2, 0).numpy() for _ in range(count)]
 
 
 def m_step(axes: Axes, image: np.ndarray) -> None:

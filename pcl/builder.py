@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl.distributed import broadcast, gather, gather_interleaved, get_rank, get_world_size
+from pcl.loader import normalize
 
 
 class MoCo(nn.Module):
@@ -70,8 +71,10 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def _update_key_encoder(self) -> None:
         """Move the key encoder's weights a step towards the query encoder's; its BatchNorm statistics are its own."""
-        for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
-            key.mul_(self.m).add_(query * (1 - self.m))
+        keys: list[Tensor] = list(self.encoder_k.parameters())
+        queries: list[Tensor] = list(self.encoder_q.parameters())
+        torch._foreach_mul_(keys, self.m)
+        torch._foreach_add_(keys, torch._foreach_mul(queries, 1 - self.m))
 
     @torch.no_grad()
     def _encode_keys(self, im_k: Tensor) -> Tensor:
@@ -118,12 +121,12 @@ def extract_features(
 
     Args:
         network: (B, 3, H, W) -> (B, C), in eval mode.
-        loader: batches of this rank's images (`pcl.loader.share_of_rank`) and their indices.
+        loader: batches of this rank's images (`pcl.loader.share_of_rank`), uint8, and their indices.
         num_images: N, on all ranks together.
         device: where the network is.
 
     Returns:
         (N, C) float32 on `device`, in the order of the data set, the same on every rank.
     """
-    features = [network(images.to(device, non_blocking=True)).float() for images, _ in loader]
+    features = [network(normalize(images.to(device, non_blocking=True))).float() for images, _ in loader]
     return gather_interleaved(torch.cat(features), num_images)

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, make_datase
 
 from pcl.distributed import derive_seed, get_rank, get_world_size
 
-normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])  # of ImageNet
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 
 
 class UnreadableImageError(OSError):
@@ -138,7 +139,7 @@ class GaussianBlur:
 
 
 def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
-    """A random view, (3, size, size): MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
+    """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
     if aug_plus:
         color = [
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
@@ -148,19 +149,38 @@ def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
     else:
         color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
-    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
+    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
 def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """A random crop, flipped or not, (3, size, size): what the linear probe trains on."""
-    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
+    """A random crop, flipped or not, (3, size, size) uint8: what the linear probe trains on."""
+    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
 def center_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size)."""
-    crop = [transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size)]
-    return transforms.Compose([*crop, transforms.ToTensor(), normalize])
+    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8."""
+    return transforms.Compose([transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
+
+    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
+    travel there and the loader's workers are spared the floating-point numbers.
+
+    Raises:
+        TypeError: images of another dtype, which may be normalized already.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
+    mean, std = _mean_and_std(images.device)
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))  # (3, 1, 1)
+    return mean, std
 
 
 class EpochSampler(DistributedSampler):

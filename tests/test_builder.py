@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import GOLDEN, save_result
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,7 +11,7 @@ from pcl import builder
 from pcl.builder import MoCo, extract_features
 from pcl.clustering import Clustering
 from pcl.distributed import broadcast, gather, get_rank, get_world_size
-from pcl.loader import share_of_rank
+from pcl.loader import normalize, share_of_rank
 from pcl.losses import instance_logits, prototype_logits
 
 
@@ -109,13 +110,13 @@ def work_together(device, args):
         own = model(im)
     rest = keys[3 * get_rank() : 3 * get_rank() + 3]
 
-    images = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     model.encoder_k.bn.running_mean.add_(get_rank())  # statistics differ; the E-step must not
     model.share_statistics()
     loader = [(images[i : i + 1], torch.tensor([i])) for i in share_of_rank(7)]
     features = extract_features(model, loader, 7, device)
     with torch.no_grad():
-        direct = model(images)
+        direct = model(normalize(images))
     save_result(args, gathered=gathered, shared=shared, queue=model.queue, before=queue, k=k.detach(), own=own,
                 rest=rest, features=features, direct=direct, pointer=model.queue_ptr)  # fmt: skip
 
@@ -173,3 +174,18 @@ def test_a_training_step_s_forward_does_not_wait_for_the_gpu():
         model(im, im)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_momentum_update_is_the_plain_one_to_the_bit():
+    model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=4, r=10, m=0.999)
+    for parameter in model.encoder_q.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    expected = [
+        k.detach() * 0.999 + q.detach() * (1.0 - 0.999)
+        for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True)
+    ]
+    places = [parameter.data_ptr() for parameter in model.encoder_k.parameters()]
+    model._update_key_encoder()
+    for parameter, value, place in zip(model.encoder_k.parameters(), expected, places, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.data_ptr() == place

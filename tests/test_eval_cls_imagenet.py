@@ -14,7 +14,7 @@ import eval_cls_imagenet
 from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
 from pcl.builder import extract_features
 from pcl.checkpoint import backbone, load
-from pcl.loader import IndexedFolder, center_view, share_of_rank
+from pcl.loader import IndexedFolder, center_view, normalize, share_of_rank
 from pcl.logs import TensorBoard
 
 ARCH = "shufflenet_v2_x0_5"
@@ -54,7 +54,7 @@ def test_a_probe_from_end_to_end(six_classes, pretrained, tmp_path, capsys):
     network.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
     val = IndexedFolder(six_classes / "val", center_view(32))
     with torch.no_grad():
-        logits = torch.cat([network(val[i][0][None]) for i in range(len(val))])
+        logits = torch.cat([network(normalize(val[i][0][None])) for i in range(len(val))])
     truth = torch.from_numpy(val.labels)
     assert last["test_acc"] == pytest.approx(100 * float((logits.argmax(1) == truth).float().mean()))
     assert last["test_acc5"] == pytest.approx(100 * float((logits.topk(5).indices == truth[:, None]).any(1).float().mean()))
@@ -131,7 +131,7 @@ def test_two_ranks_validate_exactly_each_image_once(six_classes, pretrained, tmp
     torch.manual_seed(0)
     network = backbone(ARCH)
     with torch.no_grad():
-        expected = torch.cat([network(val[i][0][None]) for i in range(17)])
+        expected = torch.cat([network(normalize(val[i][0][None])) for i in range(17)])
         head = torch.nn.Linear(1024, 6)
         hits = (head(expected).argmax(1) == torch.from_numpy(val.labels[:17])).sum()
     for result in results:

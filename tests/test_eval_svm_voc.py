@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 
 import eval_svm_voc
 from eval_svm_voc import Features, Job, choose_cost, precisions, run, spread
+from pcl.loader import normalize
 from pcl.metrics import average_precision
 
 ARCH = "shufflenet_v2_x0_5"
@@ -130,7 +131,7 @@ def test_features_are_divided_by_their_length(voc_root, pretrained):
     images = eval_svm_voc.voc.VOCSplit(voc_root, "test", eval_svm_voc.center_view(32))
     ours = eval_svm_voc.features_of(network, images, args)
     with torch.no_grad():
-        raw = network(torch.stack([images[i][0] for i in range(20)]))
+        raw = network(normalize(torch.stack([images[i][0] for i in range(20)])))
     torch.testing.assert_close(torch.from_numpy(ours), raw / (raw.norm(dim=1, keepdim=True) + 1e-5))
 
 

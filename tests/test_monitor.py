@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pcl.builder import MoCo
 from pcl.checkpoint import load
 from pcl.clustering import Clustering
-from pcl.loader import IndexedFolder, center_view, make_loader
+from pcl.loader import IndexedFolder, center_view, make_loader, normalize
 from pcl.logs import RunLog, TensorBoard
 from pcl.metrics import leave_one_out_accuracy
 from pcl.monitor import LAST_E_STEP, Monitor, keep_e_step
@@ -73,7 +73,7 @@ def test_the_backbone_is_seen_on_the_validation_images(images, six_classes, reco
     backbone.load_state_dict(model.encoder_q.state_dict())
     backbone.fc = torch.nn.Identity()
     with torch.no_grad():
-        features = backbone.eval()(torch.stack([image for image, _ in (val[i] for i in range(len(val)))]))
+        features = backbone.eval()(normalize(torch.stack([image for image, _ in (val[i] for i in range(len(val)))])))
     assert last_record(tmp_path)["knn_val"] == leave_one_out_accuracy(features, torch.from_numpy(val.labels))
     assert isinstance(model.encoder_q.fc, torch.nn.Linear)  # the head is back
 
