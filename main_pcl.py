@@ -16,6 +16,7 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
-from pcl.builder import MoCo, extract_features
+from pcl.augment import RecipeView, finish
+from pcl.builder import MoCo, extract_share
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import get_rank, get_world_size, is_main, seed_everything, shared_map
+from pcl.distributed import gather_interleaved, get_rank, get_world_size, is_main, seed_everything, shared_map
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -37,12 +39,15 @@ from pcl.loader import (
     make_loader,
     normalize,
     random_view,
+    read_image,
+    read_tensor,
     share_of_rank,
 )
 from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, versions
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
 from pcl.monitor import Monitor, keep_e_step
+from pcl.sharded import cluster_all_sharded
 
 
 def get_parser() -> cli.Parser:
@@ -69,11 +74,16 @@ def get_parser() -> cli.Parser:
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
     model.add_argument("--image-size", type=cli.positive, default=224, metavar="PIXELS",
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
+    model.add_argument("--augment-on", choices=["workers", "device"], default="workers",
+                       help="device: loader workers only decode and crop; colors and blur follow on whole batches")
     em = parser.add_argument_group("expectation-maximisation")
     em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,..",
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
+    em.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
+                    help="super prunes the search, on the CPU; sharded leaves features on their rank, for very many images")
+    em.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
     em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
                     help="look whether it learns after each E-step and every N epochs of warm-up; 0 never")
     files = parser.add_argument_group("files")
@@ -105,6 +115,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
     if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
         parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
+    if args.kmeans == "super" and args.low_dim < 32:
+        parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
     if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--cos and --schedule exclude each other; leave one out")
     if args.resume:
@@ -127,8 +139,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
     record = RunLog(args.exp_dir, vars(args), TensorBoard(args.exp_dir / "tensorboard"))
-    train_set = IndexedFolder(args.images, TwoViews(random_view(args.image_size, args.aug_plus)), args.seed)
-    center_set = train_set.with_transform(center_view(args.image_size))
+    on_device = args.augment_on == "device"
+    view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
+    train_set = IndexedFolder(args.images, TwoViews(view), args.seed, read_tensor if on_device else read_image)
+    center_set = train_set.with_transform(center_view(args.image_size, tensors=on_device))
     batch, workers = cli.batch_and_workers(args)
     sampler = EpochSampler(train_set, args.seed)
     train_loader = make_loader(train_set, sampler, batch, workers, drop_last=True)
@@ -170,33 +184,51 @@ def e_step(
 ) -> list[Clustering]:
     """Cluster the momentum features of every training image at each granularity."""
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
-    features = momentum_features(model, loader, label)  # (N, C)
+    features, seen = momentum_features(model, loader, args, label)  # (N, C), or this rank's (n, C)
     between = time.monotonic()
-    share = partial(shared_map, track=lambda jobs: track(jobs, f"{label} k-means", len(jobs)))
-    clusterings = cluster_all(features, args.num_cluster, args.temperature, share=share)
+    show = partial(track_all, f"{label} k-means")
+    if args.kmeans == "sharded":
+        num_images = len(loader.dataset)
+        options = {"tf32": args.kmeans_tf32, "track": show}
+        clusterings = cluster_all_sharded(features, num_images, args.num_cluster, args.temperature, **options)
+    else:
+        share = partial(shared_map, track=show)
+        clusterings = cluster_all(features, args.num_cluster, args.temperature, share=share, algorithm=args.kmeans)
     seconds = {"features_seconds": between - start, "kmeans_seconds": time.monotonic() - between}
     record.figures(epoch, **seconds)
     log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
-    monitor.look(epoch, model, features, clusterings)
+    monitor.look(epoch, model, features, seen, clusterings)
     if is_main():
-        keep_e_step(args.exp_dir, epoch, features, clusterings, loader.dataset)
+        keep_e_step(args.exp_dir, epoch, features, seen, clusterings, loader.dataset)
     return clusterings
 
 
-def momentum_features(model: MoCo, loader: DataLoader, label: str) -> Tensor:
-    """(N, C) unit-length features of every training image, center-cropped, by the key encoder."""
+def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace, label: str) -> tuple[Tensor, range]:
+    """Unit-length features of the center-cropped training images by the key encoder, and which images they are of.
+
+    (N, C) of all, or with sharded k-means (n, C) of those that this rank has seen.
+    """
     model.eval()
     model.share_statistics()
-    return extract_features(model, track(loader, label, len(loader)), len(loader.dataset), model.queue.device)
+    num_images = len(loader.dataset)
+    features = extract_share(model, track_all(label, loader), model.queue.device)
+    if args.kmeans == "sharded":
+        return features, share_of_rank(num_images)
+    return gather_interleaved(features, num_images), range(num_images)
+
+
+def track_all(label: str, items: Any) -> Any:
+    """The items behind a progress bar."""
+    return track(items, label, len(items))
 
 
 def look_in_warm_up(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, monitor: Monitor) -> None:
     """Show whether it learns, as after an E-step, where there are no clusters yet."""
     start = time.monotonic()
-    features = momentum_features(model, loader, "monitor")
-    monitor.look(epoch, model, features, [], start)
+    features, seen = momentum_features(model, loader, args, "monitor")
+    monitor.look(epoch, model, features, seen, [], start)
     if is_main():
-        keep_e_step(args.exp_dir, epoch, features, [], loader.dataset)
+        keep_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
 
 
 def m_step(
@@ -216,9 +248,10 @@ def m_step(
     progress = StepProgress(
         f"epoch {epoch + 1}/{args.epochs}", len(loader), cli.global_batch(args), args.print_freq, record, epoch
     )
-    for step, ((im_q, im_k), index) in progress.batches(loader):
-        im_q, im_k, index = (t.to(device, non_blocking=True) for t in (im_q, im_k, index))
-        q, k, queue = model(normalize(im_q), normalize(im_k))
+    for step, (views, index) in progress.batches(loader):
+        im_q, im_k = (images_of(view, device, args) for view in views)  # (B, 3, H, W) each
+        index = index.to(device, non_blocking=True)
+        q, k, queue = model(im_q, im_k)
         logits, target = instance_logits(q, k, queue, args.temperature)
         loss_instance = F.cross_entropy(logits, target)
         figures = {"loss_instance": loss_instance, "acc_instance": topk_accuracy(logits, target)}
@@ -235,6 +268,14 @@ def m_step(
         meters.add(loss=loss, **figures)
         progress.step(step, meters)
     progress.close(meters, lr=lr)
+
+
+def images_of(view: Any, device: torch.device, args: argparse.Namespace) -> Tensor:
+    """What the loader gives for a view of each image -> (B, 3, H, W), normalized, on the device."""
+    if args.augment_on == "device":
+        crops, recipe = view
+        return finish(crops.to(device, non_blocking=True), recipe, args.aug_plus)
+    return normalize(view.to(device, non_blocking=True))
 
 
 def make_model(args: argparse.Namespace) -> MoCo:

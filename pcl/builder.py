@@ -128,5 +128,10 @@ def extract_features(
     Returns:
         (N, C) float32 on `device`, in the order of the data set, the same on every rank.
     """
-    features = [network(normalize(images.to(device, non_blocking=True))).float() for images, _ in loader]
-    return gather_interleaved(torch.cat(features), num_images)
+    return gather_interleaved(extract_share(network, loader, device), num_images)
+
+
+@torch.no_grad()
+def extract_share(network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """`extract_features` of this rank's images alone: (n, C) float32."""
+    return torch.cat([network(normalize(images.to(device, non_blocking=True))).float() for images, _ in loader])

@@ -67,6 +67,11 @@ def concentration(
     distance, im2cluster = torch.as_tensor(distance), torch.as_tensor(im2cluster).long()
     size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
     spread = torch.bincount(im2cluster, weights=distance.double(), minlength=num_cluster)  # (K,)
+    return concentration_of_sums(size, spread, temperature, alpha).to(distance.dtype)
+
+
+def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alpha: float = 10) -> Tensor:
+    """`concentration` from each cluster's number of images and the sum of their distances, both (K,); float64."""
     phi = spread / size.clamp(min=1) / torch.log(size + alpha)
     phi[size <= 1] = phi[size > 1].max() if (size > 1).any() else 1.0  # a lone image tells nothing of its cluster's spread
     # The published order: percentiles first, then the mean of the clipped values.
@@ -75,11 +80,16 @@ def concentration(
     # More than a tenth of the clusters made of identical images: phi would be 0 and the loss not a number.
     positive = phi[phi > 0]
     phi = phi.clamp(min=float(positive.min())) if len(positive) else torch.ones_like(phi)
-    return (temperature * phi / phi.mean()).to(distance.dtype)
+    return temperature * phi / phi.mean()
 
 
 def kmeans(
-    features: np.ndarray, num_cluster: int, seed: int, restart: int = 0, device: torch.device | None = None
+    features: np.ndarray,
+    num_cluster: int,
+    seed: int,
+    restart: int = 0,
+    device: torch.device | None = None,
+    algorithm: str = "faiss",
 ) -> tuple[float, np.ndarray]:
     """One restart of faiss's k-means, the same to the bit as restart number `restart` inside a faiss run with several.
 
@@ -89,23 +99,35 @@ def kmeans(
         seed: seed of the whole run (all its restarts).
         restart: 0..RESTARTS-1.
         device: a CUDA device clusters there if this faiss can; anything else on the CPU.
+        algorithm: "super" is faiss's SuperKMeans, on the CPU, for C >= 32: it leaves out what is unlikely to be nearest.
 
     Returns:
         the objective (sum of squared distances, lower is better) and the raw centroids (K, C), float32.
     """
     num_images, dim = features.shape
     if num_images > MAX_POINTS * num_cluster:  # faiss's restarts share one subsample, drawn with the run's seed
-        order = np.empty(num_images, np.int32)
-        faiss.rand_perm(faiss.swig_ptr(order), num_images, seed)
-        features = features[order[: MAX_POINTS * num_cluster]]
-    run = faiss.Clustering(dim, num_cluster)
-    run.niter, run.nredo, run.max_points_per_centroid = ITERATIONS, 1, MAX_POINTS
-    run.min_points_per_centroid = 1  # the published 10 only prints a warning, at every restart
-    run.seed = seed + restart * RESTART_SEED_STEP
-    run.train(np.ascontiguousarray(features), _flat_index(dim, device))
+        features = features[permutation(num_images, seed)[: MAX_POINTS * num_cluster]]
+    settings = faiss.SuperKMeansParameters() if algorithm == "super" else faiss.ClusteringParameters()
+    settings.niter, settings.nredo, settings.max_points_per_centroid = ITERATIONS, 1, MAX_POINTS
+    settings.min_points_per_centroid = 1  # the published 10 only prints a warning, at every restart
+    settings.seed = seed + restart * RESTART_SEED_STEP
+    index = _flat_index(dim, device)  # also sets the number of threads
+    if algorithm == "super":
+        run = faiss.SuperKMeans(dim, num_cluster, settings)
+        run.train(np.ascontiguousarray(features))
+    else:
+        run = faiss.Clustering(dim, num_cluster, settings)
+        run.train(np.ascontiguousarray(features), index)
     steps = run.iteration_stats.size()
     objective = run.iteration_stats.at(steps - 1).obj if steps else 0.0  # no iteration where K = N
     return objective, faiss.vector_to_array(run.centroids).reshape(num_cluster, dim)
+
+
+def permutation(count: int, seed: int) -> np.ndarray:
+    """faiss's random order of 0..count-1, (count,) int32."""
+    order = np.empty(count, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), count, seed)
+    return order
 
 
 def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None) -> Clustering:
@@ -120,12 +142,18 @@ def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, de
     Returns:
         the clustering, on the CPU.
     """
-    index = _flat_index(features.shape[1], device)
-    index.add(centroids)
-    squared, im2cluster = (torch.from_numpy(found[:, 0]) for found in index.search(features, 1))  # (N,), (N,)
+    squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
     phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
     return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
+
+
+def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
+    index = _flat_index(features.shape[1], device)
+    index.add(centroids)
+    squared, im2cluster = index.search(features, 1)
+    return torch.from_numpy(squared[:, 0]), torch.from_numpy(im2cluster[:, 0])
 
 
 def nearest_neighbours(
@@ -159,6 +187,7 @@ def cluster_all(
     temperature: float,
     seeds: Sequence[int] | None = None,
     share: Callable[[Callable, Sequence, Sequence[float]], list] = one_by_one,
+    algorithm: str = "faiss",
 ) -> list[Clustering]:
     """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
 
@@ -169,6 +198,7 @@ def cluster_all(
         seeds: of each granularity; as published, its position in the list.
         share: `share(function, jobs, cost)` gives the list of function(job); `pcl.distributed.shared_map` spreads the
             jobs over the ranks, with the same result.
+        algorithm: as for `kmeans`.
 
     Returns:
         a clustering for each granularity, on the device of `features`.
@@ -184,7 +214,7 @@ def cluster_all(
     device, points = features.device, _points(features)
 
     jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
-    runs = share(lambda job: kmeans(points, job[0], job[1], job[2], device), jobs, [k for k, _, _ in jobs])
+    runs = share(lambda job: kmeans(points, job[0], job[1], job[2], device, algorithm), jobs, [k for k, _, _ in jobs])
     best = [
         min(runs[at : at + RESTARTS], key=lambda run: run[0])[1]  # of equal ones the first, as in faiss
         for at in range(0, len(runs), RESTARTS)

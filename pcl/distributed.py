@@ -142,6 +142,13 @@ def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
     return rows.transpose(0, 1).reshape(world * longest, *tensor.shape[1:])[:total]
 
 
+def add_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of each element over the ranks, in place of `tensor`'s values."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def mean_over_ranks(values: Sequence[float]) -> list[float]:
     """The mean of each number over the ranks."""
     means = torch.tensor(values, dtype=torch.float64)

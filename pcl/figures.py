@@ -218,7 +218,7 @@ def curves(axes: Axes, epochs: dict[int, dict[str, float]], names: dict[str, str
 def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: IndexedFolder) -> Figure:
     """A dozen prototypes from the smallest to the largest concentration, each a row of its nearest images."""
     im2cluster, phi = granularity["im2cluster"].numpy(), granularity["concentration"].numpy()
-    size = np.bincount(im2cluster, minlength=len(phi))  # (K,)
+    size, seen = np.bincount(im2cluster, minlength=len(phi)), last["seen"].numpy()  # (K,), (n,)
     several = np.flatnonzero(size >= min(2, size.max()))
     ranked = several[np.argsort(phi[several], kind="stable")]
     rows = ranked[np.unique(np.linspace(0, len(ranked) - 1, ROWS).round().astype(int))]
@@ -230,11 +230,12 @@ def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: In
     grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for places, prototype in zip(grid, rows, strict=True):
         members = np.flatnonzero(im2cluster == prototype)
-        members = members[np.argsort(-granularity["cosine"].numpy()[members], kind="stable")]
+        near = np.flatnonzero(im2cluster[seen] == prototype)
+        near = seen[near[np.argsort(-granularity["cosine"].numpy()[near], kind="stable")]]
         for axes in places:
             axes.set(xticks=[], yticks=[])
             axes.set_frame_on(False)
-        for axes, image in zip(places, members, strict=False):
+        for axes, image in zip(places, near, strict=False):
             axes.imshow(thumbnail(images.path(int(image))), interpolation="nearest")
         text = f"$\\phi$ = {phi[prototype]:.3f}\n{len(members)} image{'s' * (len(members) != 1)}"
         if len(last["classes"]) > 1:

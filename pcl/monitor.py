@@ -46,15 +46,22 @@ class Monitor:
         return self.freq > 0 and epoch % self.freq == 0 and (self.label is not None or self.val_loader is not None)
 
     def look(
-        self, epoch: int, model: MoCo, features: Tensor, clusterings: Sequence[Clustering], start: float | None = None
+        self,
+        epoch: int,
+        model: MoCo,
+        features: Tensor,
+        seen: range,
+        clusterings: Sequence[Clustering],
+        start: float | None = None,
     ) -> None:
         """Log the figures. Every rank must call it, with the model in eval mode.
 
         Args:
             epoch: which is to come, from 0.
             model: whose backbone sees the validation images.
-            features: (N, C) unit-length momentum features.
-            clusterings: of those; none in warm-up.
+            features: (n, C) unit-length momentum features of the main process; n = N but for sharded k-means.
+            seen: which images those are of.
+            clusterings: of all images; none in warm-up.
             start: when this look began (`time.monotonic`), if before.
         """
         if self.freq == 0:
@@ -69,7 +76,7 @@ class Monitor:
                 figures["knn_val"] = leave_one_out_accuracy(represented, val_label)
         if is_main():
             if self.label is not None:
-                figures["knn_train"] = leave_one_out_accuracy(features, self.label)
+                figures["knn_train"] = leave_one_out_accuracy(features, self.label[list(seen)])
             for position, clustering in enumerate(clusterings):
                 previous = self.previous[position] if self.previous else None
                 self._describe(epoch, clustering, previous, figures)
@@ -112,23 +119,26 @@ class Monitor:
             log(f"  {num_cluster} clusters  {'  '.join(parts)}")
 
 
-def keep_e_step(folder: Path, epoch: int, features: Tensor, clusterings: Sequence[Clustering], images: IndexedFolder) -> None:
+def keep_e_step(
+    folder: Path, epoch: int, features: Tensor, seen: range, clusterings: Sequence[Clustering], images: IndexedFolder
+) -> None:
     """Write what `pcl/figures.py` draws from, in place of the last E-step's.
 
     Args:
         folder: the experiment's.
         epoch: which is to come, from 0.
-        features: (N, C) unit-length momentum features.
-        clusterings: of those; none in warm-up.
+        features, seen, clusterings: as for `Monitor.look`.
         images: the training images.
     """
+    ids = torch.arange(seen.start, seen.stop, seen.step)  # (n,)
     chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:SAMPLE])
     granularities = [
         {
             "im2cluster": clustering.im2cluster.cpu(),  # (N,) int64
             "prototypes": clustering.prototypes.cpu(),  # (K, C)
             "concentration": clustering.concentration.cpu(),  # (K,)
-            "cosine": (features * clustering.prototypes[clustering.im2cluster]).sum(dim=1).cpu(),  # (N,) to the own prototype
+            # (n,) to the own prototype
+            "cosine": (features * clustering.prototypes[clustering.im2cluster[ids.to(features.device)]]).sum(dim=1).cpu(),
         }
         for clustering in clusterings
     ]
@@ -136,7 +146,8 @@ def keep_e_step(folder: Path, epoch: int, features: Tensor, clusterings: Sequenc
         "epoch": epoch,
         "classes": images.classes,
         "labels": torch.from_numpy(images.labels),  # (N,) int64
-        "sample": torch.from_numpy(chosen),  # (S,) int64, sorted
+        "seen": ids,
+        "sample": ids[chosen],  # (S,) int64, sorted
         "features": features[torch.from_numpy(chosen).to(features.device)].cpu(),  # (S, C)
         "granularities": granularities,
     }

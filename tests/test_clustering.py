@@ -75,7 +75,7 @@ def test_restarts_run_apart_give_what_faiss_gives_in_one_run(n, k):
 def test_the_restart_with_the_best_objective_wins(monkeypatch):
     objectives = iter([3.0, 1.0, 2.0, 1.0, 4.0])
     monkeypatch.setattr(
-        clustering, "kmeans", lambda x, k, seed, restart, device: (next(objectives), np.full((k, 4), 1 + restart, np.float32))
+        clustering, "kmeans", lambda x, k, seed, restart, *_: (next(objectives), np.full((k, 4), 1 + restart, np.float32))
     )
     seen = []
     monkeypatch.setattr(clustering, "describe", lambda x, centroids, t, device: seen.append(centroids[0, 0]) or fake())
@@ -132,3 +132,12 @@ def test_nearest_neighbours_are_those_of_largest_inner_product():
     expected = (query @ known.T).topk(4, dim=1)
     assert torch.equal(row, expected.indices)
     torch.testing.assert_close(product, expected.values)
+
+
+def test_the_pruned_search_reaches_the_same_objective():
+    features = unit_rows(3000, 32).numpy()
+    plain, _ = clustering.kmeans(features, 60, seed=0)
+    pruned, centroids = clustering.kmeans(features, 60, seed=0, algorithm="super")
+    assert pruned == pytest.approx(plain, rel=1e-2)
+    nearest = np.square(features[:, None] - centroids[None]).sum(axis=2).min(axis=1).sum()
+    assert pruned == pytest.approx(float(nearest), rel=1e-2)

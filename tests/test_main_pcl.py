@@ -128,6 +128,17 @@ def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", ["--kmeans sharded", "--kmeans super --low-dim 32", "--augment-on device"])
+def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_path, options):
+    run(image_folder, "--exp-dir", tmp_path, *options.split())
+    assert (tmp_path / "figures" / "prototypes_5.png").exists()
+    ours, published = ([r["loss"] for r in records_of(folder) if "seconds" in r] for folder in (tmp_path, finished))
+    assert ours == pytest.approx(published, rel=0.5)
+    if options == "--kmeans sharded":
+        assert ours == pytest.approx(published, rel=0.02)  # the same clusters
+
+
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
     class Stop(Exception):  # noqa: N818
         pass
@@ -223,6 +234,7 @@ WRONG = {
     "another model": ("{images}", "--resume {checkpoint} --low-dim 8", "--resume: {checkpoint} does not fit the options"),
     "another architecture": ("{images}", "--resume {checkpoint} -a resnet18", "give --arch shufflenet_v2_x0_5"),
     "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
+    "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),

@@ -1,0 +1,131 @@
+"""The random views with color, blur and normalization done on whole batches, on their device (`--augment-on device`).
+
+A loader's worker decodes, crops and flips bytes, and draws for each view its recipe, from the distributions that
+`pcl.loader.random_view` draws from. What is done with it is the same, but for rounding (there is none between the steps)
+and the blur (Pillow approximates a Gaussian by boxes).
+
+Letters: B batch, H and W sides of an image. kornia's color jitter has one order of the four changes for a whole batch, not
+one for each image, and is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms.v2.functional import resized_crop
+
+from pcl.loader import CROP_SCALE, mean_and_std
+
+RECIPE = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's
+TAPS = 6  # of the blur to each side: three standard deviations of the largest
+
+
+class RecipeView:
+    """For a worker: an image's random crop, flipped or not, and the recipe for the rest.
+
+    Args:
+        size: side of the view, pixels.
+        aug_plus: MoCo v2's augmentation instead of v1's.
+    """
+
+    def __init__(self, size: int, aug_plus: bool) -> None:
+        self.size, self.aug_plus = size, aug_plus
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(3, H, W) uint8 -> (3, size, size) uint8 and (10,) float32, whose entries `RECIPE` names."""
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_SCALE, (3 / 4, 4 / 3))
+        crop = resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
+        if float(torch.rand(())) < 0.5:
+            crop = crop.flip(-1)
+        return crop, torch.tensor(self.draw(), dtype=torch.float32)
+
+    def draw(self) -> list[float]:
+        """A recipe; factors of 1, a hue of 0 and a radius of 0 leave the image as it is."""
+        hue = 0.1 if self.aug_plus else 0.4
+        factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
+        if not self.aug_plus or float(torch.rand(())) < 0.8:
+            chosen, *drawn = transforms.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-hue, hue))
+            factors, order = [float(factor) for factor in drawn], chosen.tolist()
+        grayscale = float(torch.rand(()) < 0.2)
+        radius = float(torch.empty(()).uniform_(0.1, 2.0)) if self.aug_plus and float(torch.rand(())) < 0.5 else 0.0
+        return [*factors, *order, grayscale, radius]
+
+
+def finish(images: Tensor, recipe: Tensor, aug_plus: bool) -> Tensor:
+    """Follow the recipes: (B, 3, H, W) uint8 on any device and (B, 10) on the CPU -> (B, 3, H, W) float32, normalized.
+
+    As published, v1 makes an image gray before its colors change, v2 (`aug_plus`) after it. The host never waits for a GPU,
+    since it is the host that knows the recipes.
+    """
+    x = images.float().div_(255)
+    grayscale = (recipe[:, RECIPE.index("grayscale")] > 0).nonzero()[:, 0]
+    if not aug_plus:
+        _change(x, grayscale, _grayscale)
+    for position in range(4):
+        for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+            neutral = float(change is not _hue)
+            chosen = (recipe[:, 4 + position] == number) & (recipe[:, number] != neutral)
+            rows = chosen.nonzero()[:, 0]
+            _change(x, rows, change, recipe[rows, number])
+    if aug_plus:
+        _change(x, grayscale, _grayscale)
+    rows = (recipe[:, RECIPE.index("radius")] > 0).nonzero()[:, 0]
+    _change(x, rows, _blur, recipe[rows, RECIPE.index("radius")])
+    mean, std = mean_and_std(x.device)
+    return x.sub_(mean).div_(std)
+
+
+def _change(x: Tensor, rows: Tensor, change: Callable[..., Tensor], *factor: Tensor) -> None:
+    """Change some images in place, each by its own factor, a (rows,) tensor on the CPU like the rows themselves."""
+    if len(rows):
+        rows, *factor = (t.to(x.device, non_blocking=True) for t in (rows, *factor))  # type: ignore[assignment]
+        x[rows] = change(x[rows], *(f[:, None, None, None] for f in factor))
+
+
+def _grayscale(x: Tensor) -> Tensor:
+    return sum(weight * x[:, i : i + 1] for i, weight in enumerate(LUMA)).expand_as(x)  # type: ignore[union-attr]
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _grayscale(x).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean.expand_as(x), x, factor).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_grayscale(x), x, factor).clamp_(0, 1)
+
+
+def _hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue, a sixth of the circle being the way from red to yellow."""
+    r, g, b = x.unbind(1)  # (B, H, W)
+    high, low = x.amax(dim=1), x.amin(dim=1)
+    delta = high - low
+    safe = delta.clamp(min=1e-8)  # gray has no hue, and delta takes it out below
+    sixths = torch.where(high == r, (g - b) / safe, torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    sixths = sixths + 6 * turn[:, 0]
+    channels = []
+    for n in (5, 3, 1):  # red, green, blue
+        k = (n + sixths) % 6
+        channels.append(high - delta * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def _blur(x: Tensor, radius: Tensor) -> Tensor:
+    """A Gaussian of this standard deviation in pixels; edges are extended."""
+    count, channels, height, width = x.shape
+    place = torch.arange(-TAPS, TAPS + 1, device=x.device)
+    weight = torch.exp(-0.5 * (place / radius) ** 2)  # (B, 1, 1, taps)
+    weight = (weight / weight.sum(dim=-1, keepdim=True)).repeat_interleave(channels, dim=0)  # (3 B, 1, 1, taps)
+    flat = F.pad(x, (TAPS, TAPS, TAPS, TAPS), mode="replicate").view(1, count * channels, height + 2 * TAPS, -1)
+    flat = F.conv2d(flat, weight, groups=count * channels)
+    flat = F.conv2d(flat, weight.transpose(2, 3), groups=count * channels)
+    return flat.view(count, channels, height, width)

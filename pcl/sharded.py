@@ -1,0 +1,166 @@
+"""k-means of features that stay on the rank that computed them (`--kmeans sharded`), where one device cannot hold them all.
+
+Each rank searches the nearest centroids of its own share; sums and counts are added up over the ranks. A rank needs memory
+for its N/W features, the centroids, and 8 bytes for each of the N images (the cluster that training looks up). faiss's own
+`contrib.clustering.kmeans` counts from the assignment of all images, so that the loop here is ours; empty clusters are filled
+by the function that it uses.
+
+Letters: N images, n of them on this rank, W ranks, C features, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from faiss.contrib.clustering import reassign_centroids
+from torch import Tensor
+
+from pcl.clustering import (
+    ITERATIONS,
+    MAX_POINTS,
+    RESTART_SEED_STEP,
+    RESTARTS,
+    Clustering,
+    concentration_of_sums,
+    nearest_centroids,
+    permutation,
+)
+from pcl.distributed import add_over_ranks, gather_interleaved, get_rank, get_world_size
+
+TILE = 8192, 32768  # images and centroids whose distances a GPU holds at once: 1 GiB
+
+
+def cluster_all_sharded(
+    features: Tensor,
+    num_images: int,
+    num_clusters: Sequence[int],
+    temperature: float,
+    seeds: Sequence[int] | None = None,
+    tf32: bool = False,
+    track: Callable = iter,
+) -> list[Clustering]:
+    """`pcl.clustering.cluster_all` of features spread over the ranks. Every rank must call it.
+
+    Args:
+        features: (n, C) float32 of images rank, rank + W, ..; on a GPU it is searched by matrix products in tiles.
+        num_images: N.
+        num_clusters: K of each granularity, each at most N.
+        temperature: mean concentration of each granularity.
+        seeds: of each granularity; by default its position in the list.
+        tf32: a GPU may round the factors of those products to 10 bits; the sums keep their precision.
+        track: is given the restarts and gives them back one by one, to show how far it is.
+
+    Returns:
+        a clustering for each granularity, the same on every rank up to rounding, of all N images.
+
+    Raises:
+        ValueError: more clusters than images, or features that are not finite.
+    """
+    if max(num_clusters) > num_images:
+        raise ValueError(f"{max(num_clusters)} clusters of {num_images} images: ask for at most as many as there are")
+    if float(add_over_ranks((~features.isfinite()).sum().double())):
+        raise ValueError("features are not finite")
+    seeds = range(len(num_clusters)) if seeds is None else seeds
+    runs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    best: dict[int, tuple[float, Tensor]] = {}
+    for k, seed, restart in track(runs):
+        objective, centroids = kmeans_sharded(features, num_images, k, seed, restart, tf32)
+        if k not in best or objective < best[k][0]:  # of equal ones the first, as in faiss
+            best[k] = objective, centroids
+    return [describe_sharded(features, num_images, best[k][1], temperature, tf32) for k in num_clusters]
+
+
+def kmeans_sharded(
+    features: Tensor, num_images: int, num_cluster: int, seed: int, restart: int = 0, tf32: bool = False
+) -> tuple[float, Tensor]:
+    """One restart, with the published settings: 20 iterations, at most 1000 images for each centroid.
+
+    Args:
+        features, num_images, tf32: as for `cluster_all_sharded`.
+        num_cluster: K.
+        seed: seed of all restarts.
+        restart: 0..RESTARTS-1.
+
+    Returns:
+        the objective (sum of squared distances) and the raw centroids (K, C), on the device of `features`.
+    """
+    # faiss's own choice of images to learn from and to start from, so that its restarts are repeated up to rounding.
+    seen, start_seed = None, seed + restart * RESTART_SEED_STEP
+    if num_images > MAX_POINTS * num_cluster:
+        seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]
+    first = permutation(num_images if seen is None else len(seen), start_seed + 1)[:num_cluster]
+    centroids = _rows_of_images(features, first if seen is None else seen[first])  # (K, C)
+    if seen is not None:
+        world = get_world_size()
+        features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
+    random, objective = np.random.RandomState(start_seed % 2**32), 0.0  # for clusters that run empty
+    for _ in range(ITERATIONS):
+        squared, nearest = assign(features, centroids, tf32)  # (n,), (n,)
+        # In double precision, so that the order in which ranks add does not show.
+        total = features.new_zeros(num_cluster, features.shape[1] + 1, dtype=torch.float64)
+        ones = features.new_ones(len(features), 1)
+        for rows, place in zip(torch.cat([features, ones], 1).split(2**18), nearest.split(2**18), strict=True):
+            total.index_add_(0, place, rows.double())
+        total = add_over_ranks(total)
+        count = total[:, -1]
+        centroids = (total[:, :-1] / count.clamp(min=1)[:, None]).float()
+        objective = float(add_over_ranks(squared.double().sum()))
+        reassign_centroids(count.long().cpu().numpy(), centroids, random)
+    return objective, centroids
+
+
+def describe_sharded(
+    features: Tensor, num_images: int, centroids: Tensor, temperature: float, tf32: bool = False
+) -> Clustering:
+    """Assign every image to its nearest raw centroid and measure the clusters, as `pcl.clustering.describe`."""
+    squared, nearest = assign(features, centroids, tf32)
+    sums = features.new_zeros(2, len(centroids), dtype=torch.float64)  # size, sum of distances
+    sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))
+    sums[1].index_add_(0, nearest, squared.clamp(min=0).sqrt().double())
+    size, spread = add_over_ranks(sums)
+    phi = concentration_of_sums(size, spread, temperature).float()
+    return Clustering(gather_interleaved(nearest, num_images), F.normalize(centroids, dim=1), phi)
+
+
+def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+    """Squared L2 distance to, and number of, the nearest centroid of each row: (n,) float32 and (n,) int64."""
+    if features.device.type != "cuda":
+        return nearest_centroids(features.numpy(), centroids.numpy())
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        return assign_in_tiles(features, centroids)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] = TILE) -> tuple[Tensor, Tensor]:
+    """The same by matrix products, a tile of distances at a time."""
+    images, many = tile
+    squared, nearest = [], []
+    lengths = centroids.square().sum(dim=1)  # (K,)
+    for rows in features.split(images):
+        best = rows.new_full((len(rows),), torch.inf)
+        place = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        for start in range(0, len(centroids), many):
+            part = torch.addmm(lengths[start : start + many], rows, centroids[start : start + many].T, alpha=-2)
+            least, where = part.min(dim=1)
+            closer = least < best
+            best, place = torch.where(closer, least, best), torch.where(closer, where + start, place)
+        # Small distances are differences of large numbers there; the found one is measured directly.
+        squared.append((rows - centroids[place]).square().sum(dim=1))
+        nearest.append(place)
+    return torch.cat(squared), torch.cat(nearest)
+
+
+def _rows_of_images(features: Tensor, images: np.ndarray) -> Tensor:
+    """(len(images), C) features of these of the N images, from whichever rank has them."""
+    rank, world = get_rank(), get_world_size()
+    here = torch.from_numpy(np.flatnonzero(images % world == rank)).to(features.device)
+    place = torch.from_numpy(images // world).to(features.device)
+    rows = features.new_zeros(len(images), features.shape[1])
+    rows[here] = features[place[here]]
+    return add_over_ranks(rows)

@@ -1,0 +1,148 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import ColorJitter, functional
+
+from pcl.augment import RECIPE, RecipeView, finish
+from pcl.loader import MEAN, STD, IndexedFolder, TwoViews, make_loader, normalize, read_tensor
+
+
+def photos(count=24, side=64):
+    """Smooth colored images of every hue, with some noise."""
+    rng = np.random.default_rng(0)
+    small = torch.from_numpy(rng.random((count, 3, 5, 5), dtype=np.float32))
+    large = torch.nn.functional.interpolate(small, size=side, mode="bilinear")
+    noise = torch.from_numpy(rng.normal(0, 0.05, large.shape)).float()
+    return ((large + noise).clamp(0, 1) * 255).byte()
+
+
+def by_torchvision(image, recipe, aug_plus, pil):
+    """(3, H, W) floats in 0..1: the same recipe, one step after the other; PIL rounds to bytes at each."""
+    entry = dict(zip(RECIPE, recipe.tolist(), strict=True))
+    image = functional.to_pil_image(image) if pil else image.float() / 255
+    grayscale = partial(functional.to_grayscale if pil else functional.rgb_to_grayscale, num_output_channels=3)
+    change = [
+        lambda x: functional.adjust_brightness(x, entry["brightness"]),
+        lambda x: functional.adjust_contrast(x, entry["contrast"]),
+        lambda x: functional.adjust_saturation(x, entry["saturation"]),
+        lambda x: functional.adjust_hue(x, entry["hue"]),
+    ]
+    if entry["grayscale"] and not aug_plus:
+        image = grayscale(image)
+    for position in ("first", "second", "third", "fourth"):
+        image = change[int(entry[position])](image)
+    if entry["grayscale"] and aug_plus:
+        image = grayscale(image)
+    if entry["radius"]:
+        image = functional.gaussian_blur(image, 13, entry["radius"])
+    return functional.to_tensor(image) if pil else image
+
+
+def levels_apart(images, recipe, aug_plus, pil):
+    """The mean difference from torchvision's pixels, of 255 levels."""
+    expected = torch.stack([by_torchvision(image, r, aug_plus, pil) for image, r in zip(images, recipe, strict=True)])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return float((finish(images, recipe, aug_plus) * std + mean - expected).abs().mean() * 255)
+
+
+@pytest.mark.parametrize("aug_plus", [False, True], ids=["v1", "v2"])
+def test_with_equal_recipes_the_pixels_are_torchvision_s(aug_plus):
+    images, view = photos(), RecipeView(64, aug_plus)
+    recipe = torch.tensor([view.draw() for _ in images])
+    assert levels_apart(images, recipe, aug_plus, pil=False) < 0.2
+    assert levels_apart(images, recipe, aug_plus, pil=True) <= 2
+    assert float((finish(images, recipe, aug_plus) - normalize(images)).abs().mean()) > 0.2  # there was something to do
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_each_change_alone_is_torchvision_s(number):
+    images = photos()
+    recipe = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]]).repeat(len(images), 1)
+    recipe[:, number] = torch.linspace(-0.45, 0.45, len(images)) if number == 3 else torch.linspace(0.2, 1.8, len(images))
+    assert levels_apart(images, recipe, True, pil=False) < 0.01
+    assert levels_apart(images, recipe, True, pil=True) <= 2
+
+
+def test_an_image_s_views_do_not_depend_on_its_batch():
+    images, view = photos(), RecipeView(64, True)
+    recipe = torch.tensor([view.draw() for _ in images])
+    together = finish(images, recipe, True)
+    alone = torch.cat([finish(images[i : i + 1], recipe[i : i + 1], True) for i in range(len(images))])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_nothing_to_do_is_normalization_to_the_bit():
+    neutral = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]]).repeat(24, 1)
+    assert torch.equal(finish(photos(), neutral, True), normalize(photos()))
+
+
+@pytest.mark.parametrize("aug_plus", [False, True], ids=["v1", "v2"])
+def test_recipes_follow_the_published_distributions(aug_plus):
+    drawn = np.array([RecipeView(32, aug_plus).draw() for _ in range(6000)])
+    brightness, contrast, saturation, hue = drawn[:, :4].T
+    changed = brightness != 1
+    assert changed.mean() == pytest.approx(0.8 if aug_plus else 1, abs=0.02)
+    for factor in (brightness, contrast, saturation):
+        assert np.percentile(factor[changed], [0, 50, 100]) == pytest.approx([0.6, 1, 1.4], abs=0.02)
+        assert factor[changed].std() == pytest.approx(0.8 / 12**0.5, abs=0.01)
+    reach = 0.1 if aug_plus else 0.4
+    assert np.percentile(hue[changed], [0, 50, 100]) == pytest.approx([-reach, 0, reach], abs=0.02)
+    orders, counts = np.unique(drawn[changed, 4:8], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert counts.min() > 0.6 * counts.mean()
+    assert drawn[:, 8].mean() == pytest.approx(0.2, abs=0.02)
+    radius = drawn[:, 9]
+    assert (radius > 0).mean() == pytest.approx(0.5 if aug_plus else 0, abs=0.02)
+    if aug_plus:
+        assert np.percentile(radius[radius > 0], [0, 50, 100]) == pytest.approx([0.1, 1.05, 2.0], abs=0.05)
+    assert (
+        abs(
+            np.corrcoef(drawn[changed][:, [0, 1, 2, 3, 8, 9] if aug_plus else [0, 1, 2, 3, 8]].T) - np.eye(6 if aug_plus else 5)
+        ).max()
+        < 0.06
+    )
+
+
+def test_crops_are_those_of_the_published_view():
+    """A gradient tells where a crop was taken: area and position are distributed as RandomResizedCrop's."""
+    x = torch.arange(200).repeat(200, 1)
+    gradient = torch.stack([x, x.T, torch.zeros_like(x)]).byte()
+    view, shares, flipped = RecipeView(40, False), [], []
+    for _ in range(1500):
+        crop, _ = view(gradient)
+        width = float(crop[0, 0, -1]) - float(crop[0, 0, 0])
+        height = float(crop[1, -1, 0]) - float(crop[1, 0, 0])
+        flipped.append(width < 0)
+        shares.append(abs(width) * height / 200**2 * (40 / 39) ** 2)
+    assert np.mean(flipped) == pytest.approx(0.5, abs=0.05)
+    assert min(shares) > 0.18
+    assert np.mean(shares) == pytest.approx(0.55, abs=0.06)
+
+
+def test_a_loader_gives_recipes_that_depend_on_seed_epoch_and_index_alone(image_folder):
+    def batches(workers):
+        folder = IndexedFolder(image_folder / "train", TwoViews(RecipeView(32, True)), 3, read_tensor)
+        return [views for views, _ in make_loader(folder, range(25), 5, workers)]
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        for (crop, recipe), (crop_too, recipe_too) in zip(one, other, strict=True):
+            assert (crop.shape, crop.dtype, recipe.shape) == ((5, 3, 32, 32), torch.uint8, (5, len(RECIPE)))
+            assert torch.equal(crop, crop_too)
+            assert torch.equal(recipe, recipe_too)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tiff"])
+def test_any_format_is_read_as_rgb(tmp_path, name):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)).save(tmp_path / name)
+    image = read_tensor(tmp_path / name)
+    assert (image.shape, image.dtype) == ((3, 20, 30), torch.uint8)
+    with Image.open(tmp_path / name) as expected:
+        assert torch.equal(image, functional.pil_to_tensor(expected.convert("RGB")))
+
+
+def test_color_jitter_still_draws_in_the_order_that_is_relied_upon():
+    order, *factors = ColorJitter.get_params((2, 2), (3, 3), (4, 4), (0.5, 0.5))
+    assert (sorted(order.tolist()), factors) == ([0, 1, 2, 3], [2, 3, 4, 0.5])

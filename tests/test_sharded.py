@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import save_result
+
+from pcl import sharded
+from pcl.clustering import RESTARTS, cluster_all, concentration, kmeans
+from pcl.distributed import get_rank, get_world_size
+from pcl.sharded import assign, assign_in_tiles, cluster_all_sharded, kmeans_sharded
+
+
+def unit_rows(n, c, groups=12):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(groups, c))[rng.integers(groups, size=n)] + 0.6 * rng.normal(size=(n, c))
+    return F.normalize(torch.from_numpy(rows).float(), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "most"), [(600, 20, 1000), (600, 20, 25), (30, 30, 1000)], ids=["all", "subsample", "K = N"]
+)
+def test_each_restart_is_faiss_s(n, k, most, monkeypatch):
+    monkeypatch.setattr("pcl.clustering.MAX_POINTS", most)
+    monkeypatch.setattr(sharded, "MAX_POINTS", most)
+    features = unit_rows(n, 8)
+    for restart in range(RESTARTS):
+        objective, centroids = kmeans_sharded(features, n, k, seed=3, restart=restart)
+        expected, expected_centroids = kmeans(features.numpy(), k, 3, restart)
+        assert objective == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        if k < n:
+            torch.testing.assert_close(centroids, torch.from_numpy(expected_centroids), rtol=0, atol=1e-3)
+
+
+def test_clusterings_are_those_of_one_device():
+    features = unit_rows(500, 8)
+    for ours, theirs in zip(
+        cluster_all_sharded(features, 500, [10, 40], 0.2), cluster_all(features, [10, 40], 0.2), strict=True
+    ):
+        assert (ours.im2cluster == theirs.im2cluster).float().mean() > 0.99
+        torch.testing.assert_close(ours.prototypes, theirs.prototypes, rtol=0, atol=1e-2)
+        torch.testing.assert_close(ours.concentration, theirs.concentration, rtol=1e-2, atol=1e-3)
+        assert ours.prototypes.norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+def test_an_empty_cluster_is_filled():
+    features = F.normalize(torch.eye(6).repeat(50, 1) + 1e-3 * torch.randn(300, 6), dim=1)
+    (clustering,) = cluster_all_sharded(features, 300, [40], 0.2)
+    assert len(clustering.im2cluster.unique()) > 30
+    assert clustering.concentration.isfinite().all()
+    assert (clustering.concentration > 0).all()
+
+
+@pytest.mark.parametrize("tile", [(7, 5), (64, 1000), (1000, 9)])
+def test_tiles_find_the_nearest_centroid(tile):
+    features, centroids = unit_rows(150, 6), 0.9 * unit_rows(40, 6)
+    squared, nearest = assign_in_tiles(features, centroids, tile)
+    expected = torch.cdist(features.double(), centroids.double()).square().min(dim=1)
+    assert torch.equal(nearest, expected.indices)
+    torch.testing.assert_close(squared, expected.values.float(), rtol=1e-5, atol=1e-6)
+    for ours, faiss_s in zip((squared, nearest), assign(features, centroids), strict=True):
+        torch.testing.assert_close(ours, faiss_s, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("features", "k"), [(unit_rows(10, 4), 11), (torch.full((10, 4), torch.nan), 2)])
+def test_what_cannot_be_clustered_is_an_error(features, k):
+    with pytest.raises(ValueError, match=r"11 clusters of 10|not finite"):
+        cluster_all_sharded(features, 10, [k], 0.2)
+
+
+def cluster_share(device, args):
+    features = unit_rows(301, 8)[get_rank() :: get_world_size()]  # two ranks do not divide them
+    (clustering,) = cluster_all_sharded(features, 301, [15], 0.2)
+    objective, _ = kmeans_sharded(features, 301, 15, seed=1)
+    save_result(args, im2cluster=clustering.im2cluster, prototypes=clustering.prototypes, phi=clustering.concentration,
+                objective=torch.tensor(objective), held=torch.tensor(len(features)))  # fmt: skip
+
+
+@pytest.mark.dist
+def test_two_ranks_cluster_as_one(two_ranks):
+    results = two_ranks(cluster_share)
+    assert [int(result["held"]) for result in results] == [151, 150]
+    features = unit_rows(301, 8)
+    (alone,) = cluster_all_sharded(features, 301, [15], 0.2)
+    for result in results:
+        assert torch.equal(result["im2cluster"], alone.im2cluster)
+        torch.testing.assert_close(result["prototypes"], alone.prototypes, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result["phi"], alone.concentration, rtol=1e-4, atol=1e-5)
+        assert float(result["objective"]) == pytest.approx(kmeans_sharded(features, 301, 15, seed=1)[0], rel=1e-5)
+    # The concentration is that of all images, measured slowly.
+    raw = torch.stack([features[alone.im2cluster == c].mean(0) for c in range(15)])
+    distance = (features - raw[alone.im2cluster]).norm(dim=1)
+    torch.testing.assert_close(results[0]["phi"], concentration(distance, alone.im2cluster, 15, 0.2), rtol=0.02, atol=0.002)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_centroids():
+    features = unit_rows(3000, 16)
+    objective, _ = kmeans_sharded(features.cuda(), 3000, 50, seed=0)
+    assert objective == pytest.approx(kmeans_sharded(features, 3000, 50, seed=0)[0], rel=1e-3)
+    rough, _ = kmeans_sharded(features.cuda(), 3000, 50, seed=0, tf32=True)
+    assert rough == pytest.approx(objective, rel=1e-2)
