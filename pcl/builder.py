@@ -59,8 +59,8 @@ class MoCo(nn.Module):
         """
         if im_k is None:
             with torch.no_grad():
-                return F.normalize(self.encoder_k(im_q), dim=1)
-        q = F.normalize(self.encoder_q(im_q), dim=1)  # (B, C)
+                return F.normalize(self.encoder_k(im_q).float(), dim=1)
+        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (B, C)
         self._update_key_encoder()
         all_k = self._encode_keys(im_k)  # (W * B, C)
         queue = self.queue.clone()
@@ -85,15 +85,17 @@ class MoCo(nn.Module):
         """
         images = gather(im_k)  # (W * B, 3, H, W)
         order = broadcast(torch.randperm(len(images), device=images.device))
-        mine = order.view(get_world_size(), -1)[get_rank()]  # (B,)
-        shuffled = gather(F.normalize(self.encoder_k(images[mine]), dim=1))  # (W * B, C)
+        mine = images[order.view(get_world_size(), -1)[get_rank()]]  # (B, 3, H, W)
+        if im_k.is_contiguous(memory_format=torch.channels_last):  # which gathering has undone
+            mine = mine.contiguous(memory_format=torch.channels_last)
+        shuffled = gather(F.normalize(self.encoder_k(mine).float(), dim=1))  # (W * B, C)
         return shuffled[order.argsort()]
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
         """Write (W * B, C) keys over the oldest ones, around the end of the queue if they must; the host never waits."""
         place = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.r
-        self.queue.index_copy_(1, place, keys.T.to(self.queue.dtype))
+        self.queue.index_copy_(1, place, keys.T)
         self.queue_ptr.add_(len(keys)).remainder_(self.r)
 
     @torch.no_grad()

@@ -128,7 +128,9 @@ def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["--kmeans sharded", "--kmeans super --low-dim 32", "--augment-on device"])
+@pytest.mark.parametrize(
+    "options", ["--kmeans sharded", "--kmeans super --low-dim 32", "--augment-on device --amp bf16 --channels-last"]
+)
 def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_path, options):
     run(image_folder, "--exp-dir", tmp_path, *options.split())
     assert (tmp_path / "figures" / "prototypes_5.png").exists()
@@ -281,3 +283,25 @@ def test_the_defaults_are_the_published_ones():
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     assert str(args["exp_dir"]) == "experiment_pcl"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ["", "--augment-on device --amp bf16 --channels-last"])
+def test_a_training_step_never_waits_for_the_gpu(image_folder, tmp_path, monkeypatch, options):
+    step = main_pcl.m_step
+
+    def watched(model, loader, *rest):
+        class Watched:
+            def __len__(self):
+                return len(loader)
+
+            def __iter__(self):
+                for number, batch in enumerate(loader):
+                    torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one sets things up
+                    yield batch
+                torch.cuda.set_sync_debug_mode("default")
+
+        step(model, Watched(), *rest)
+
+    monkeypatch.setattr(main_pcl, "m_step", watched)
+    run(image_folder, "--exp-dir", tmp_path, "-p", "99", "--nproc", "1", *options.split())
