@@ -6,7 +6,7 @@
 The cheapest run, a minute on two CPU cores, on the images that come with the package:
 
     python -m pcl.samples samples
-    python eval_cls_imagenet.py --random-init -a resnet18 --image-size 32 --epochs 3 --schedule 2 --id first samples
+    python eval_cls_imagenet.py --random-init -a resnet18 --image-size 32 --epochs 3 --lr 0.03 --schedule 2 --id first samples
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     model.head.to(device)
     batch, workers = cli.batch_and_workers(args)
     log(f"machine: {describe_machine()}")
+    cli.note_image_size(args)
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.

@@ -75,7 +75,7 @@ def get_parser() -> cli.Parser:
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
     parser.add_argument("--batch-size", type=cli.positive, default=128, metavar="N", help="images passed through at once")
-    parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes")
+    parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes, at most one a core")
     cli.add_output_argument(parser)
     # fmt: on
     return parser
@@ -100,6 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     train, test = open_splits(args)
     check(train, test, max(SHOTS) if args.low_shot else 1)
     log(f"machine: {describe_machine()}")
+    cli.note_image_size(args)
     log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
 
     start = time.monotonic()
@@ -137,7 +138,7 @@ def check(train: voc.VOCSplit, test: voc.VOCSplit, shots: int) -> None:
 def features_of(network: nn.Module, images: voc.VOCSplit, args: argparse.Namespace) -> np.ndarray:
     """(N, C) float32 features, divided by their length plus 1e-5, as published."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = make_loader(images, range(len(images)), args.batch_size, args.num_workers)
+    loader = make_loader(images, range(len(images)), args.batch_size, min(args.num_workers, available_cores()))
     features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
     features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
     return features.cpu().numpy()

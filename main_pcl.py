@@ -109,7 +109,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     cli.check_launch(parser, args)
     cli.check_batch(parser, args)
     images = cli.open_folder(parser, args.data, "train", labelled=False)
-    num_images, args.images = len(images), images.root
+    num_images, args.images = len(images), images.root.resolve()  # pictures may be drawn from elsewhere
     batch = cli.global_batch(args)
     if num_images < batch:
         parser.error(f"--batch-size: {batch} images in a step, but {args.images} holds {num_images}; lower it")
@@ -322,7 +322,7 @@ def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
     At most an eighth of the number of training images, so that looking costs little beside training.
     """
     root = args.data / "val"
-    if args.monitor_freq == 0 or args.images == args.data or not root.is_dir():
+    if args.monitor_freq == 0 or args.images == args.data.resolve() or not root.is_dir():
         return None
     try:
         images = IndexedFolder(root, center_view(args.image_size))

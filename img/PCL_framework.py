@@ -17,7 +17,7 @@ from pcl.samples import SOURCE
 
 QUERY, KEY, INK, GRADIENT = COLORS[0], COLORS[4], "#222222", COLORS[1]
 PALE = {QUERY: "#DCEBF5", KEY: "#FBEFD5", COLORS[2]: "#DDF1EA", INK: "#F2F2F2"}
-WIDTH, HEIGHT = 16, 9.6
+WIDTH, HEIGHT = 16, 10.05
 
 
 def box(axes: Axes, x: float, y: float, w: float, h: float, text: str, color: str, size: float = 11) -> None:
@@ -68,8 +68,8 @@ def m_step(axes: Axes, image: np.ndarray) -> None:
     axes.add_patch(
         FancyBboxPatch((0.15, 4.3), 15.7, 4.65, boxstyle="round,pad=0,rounding_size=0.2", fc="white", ec="#BBBBBB", lw=1.2)
     )
-    note(axes, 0.4, 8.68, "M-step: train the encoder", 13, ha="left", weight="bold")
-    note(axes, 3.75, 8.68, "an epoch of SGD, with the prototypes held fixed", 11, ha="left")
+    note(axes, 0.4, 8.68, "2  M-step: train the encoder", 13, ha="left", weight="bold")
+    note(axes, 4.1, 8.68, "an epoch of SGD, believing those clusters", 11, ha="left")
 
     picture(axes, image, 0.45, 5.85, 1.2)
     note(axes, 1.05, 5.62, "an image")
@@ -100,8 +100,17 @@ def m_step(axes: Axes, image: np.ndarray) -> None:
     note(axes, 6.95, 6.2, "positive", 9, ha="left")
     note(axes, 8.72, 6.25, "$r$ negatives", 9, ha="left")
 
-    box(axes, 7.05, 6.95, 2.6, 0.9, "InfoNCE\n$v$ to $v'$, away from the queue", INK, 10)
-    box(axes, 10.35, 6.95, 3.05, 0.9, "prototype term, mean over $K_m$\n$v$ to $c_s$, away from others", INK, 10)
+    box(axes, 7.05, 6.95, 2.6, 0.9, "InfoNCE: $v$ to $v'$,\naway from the queue's keys", INK, 10)
+    box(
+        axes,
+        10.35,
+        6.95,
+        3.05,
+        0.9,
+        "prototype term (mean over\ngranularities): $v$ to its own $c_s$,\naway from other prototypes",
+        INK,
+        10,
+    )
     arrow(axes, (6.6, 7.4), (6.6, 8.1), (10.9, 8.1), (10.9, 7.9), color=QUERY)
     note(axes, 9.3, 8.22, "$v$", 12, color=QUERY)
 
@@ -117,8 +126,8 @@ def e_step(axes: Axes, images: np.ndarray, figure: Figure) -> None:
     axes.add_patch(
         FancyBboxPatch((0.15, 0.15), 15.7, 3.95, boxstyle="round,pad=0,rounding_size=0.2", fc="white", ec="#BBBBBB", lw=1.2)
     )
-    note(axes, 0.4, 3.82, "E-step: cluster all images", 13, ha="left", weight="bold")
-    note(axes, 5.4, 3.82, "once before each epoch after warm-up, with the encoder held fixed", 11, ha="left")
+    note(axes, 0.4, 3.82, "1  E-step: cluster all images", 13, ha="left", weight="bold")
+    note(axes, 5.4, 3.82, "before each epoch, the encoder held fixed: guess each image's cluster", 11, ha="left")
     for i in range(28):
         picture(axes, images[i], 0.45 + 0.42 * (i % 7), 1.05 + 0.42 * (i // 7), 0.38)
     note(axes, 1.9, 0.75, "all $N$ images, center-cropped")
@@ -144,20 +153,28 @@ def e_step(axes: Axes, images: np.ndarray, figure: Figure) -> None:
             inner.add_patch(Circle(run.cluster_centers_[c], 1.5 * distance, fill=False, ec=color, lw=1.4, ls="--"))
             inner.scatter(*run.cluster_centers_[c], s=110, marker="*", color=color, ec="white", lw=0.8, zorder=3)
         inner.set(xticks=[], yticks=[], xlim=(-2.9, 3.2), ylim=(-2.3, 2.4))
-        note(axes, x + 1.1, 3.15, f"k-means, $K_{panel + 1}$ clusters", 10.5)
+        note(axes, x + 1.1, 3.12, f"k-means, $K_{panel + 1}$ clusters", 10.5)
     note(axes, 10.2, 0.62, "the same features at several granularities:  coarse  $\\rightarrow$  fine", 10)
 
     axes.scatter([13.98], [2.72], s=140, marker="*", color=INK)
     note(axes, 14.25, 2.72, "prototype $c$:\nthe centroid", 10, ha="left")
     axes.add_patch(Circle((13.98, 1.72), 0.17, fill=False, ec=INK, lw=1.4, ls="--"))
     note(
-        axes, 14.25, 1.62, "concentration $\\phi$:\nits temperature, from\nthe mean distance;\nsmall where tight", 10, ha="left"
+        axes,
+        14.25,
+        1.62,
+        "concentration $\\phi$:\nits temperature, from\nmean distance (ring)\nand size",
+        10,
+        ha="left",
     )
-    box(axes, 10.5, 5.05, 2.75, 0.75, "each image's own prototype $c_s$,\n$r$ other prototypes, all $\\phi$", COLORS[2], 10)
-    arrow(axes, (11.9, 3.4), (11.9, 5.0), color=COLORS[2], width=2.2)
+    box(axes, 10.5, 5.05, 2.75, 0.75, "the image's own prototype $c_s$\nand $r$ others, each with its $\\phi$", COLORS[2], 10)
+    for panel in range(3):
+        axes.plot([7.85 + 2.35 * panel] * 2, [3.3, 3.5], color=COLORS[2], lw=2.2)
+    axes.plot([7.85, 12.55], [3.5, 3.5], color=COLORS[2], lw=2.2)
+    arrow(axes, (11.9, 3.5), (11.9, 5.0), color=COLORS[2], width=2.2)
     arrow(axes, (11.9, 5.85), (11.9, 6.9), color=COLORS[2], width=2.2)
     arrow(axes, (5.1, 4.85), (5.1, 2.45), color=KEY, style=":")
-    note(axes, 5.0, 3.2, "the same\nnetwork", 9.5, ha="right")
+    note(axes, 5.0, 3.2, "the trained\nencoder", 9.5, ha="right")
     note(axes, 12.1, 4.55, "prototypes and concentrations", 10, ha="left", color=COLORS[2])
 
 
@@ -168,8 +185,9 @@ def main() -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     m_step(axes, images[46])
     e_step(axes, images[20:48], figure)
-    title = "Prototypical Contrastive Learning: expectation-maximisation, the two steps by turns"
-    note(axes, WIDTH / 2, 9.28, title, 16, weight="bold")
+    note(axes, WIDTH / 2, 9.75, "Prototypical Contrastive Learning", 17, weight="bold")
+    text = "Hidden are the clusters that the images belong to. EM: 1 guess them, 2 train on the guess, 1, 2, …"
+    note(axes, WIDTH / 2, 9.3, f"{text}   (Warm-up: 2 with InfoNCE alone.)", 11)
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect="equal")
     axes.set_axis_off()
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)

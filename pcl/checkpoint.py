@@ -112,6 +112,13 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     return network, arch
 
 
+def trained_at(path: str | Path) -> int | None:
+    """The side in pixels of the views that a backbone was trained on, if its checkpoint tells."""
+    settings = load(path, map_location="meta").get("args")
+    size = str(settings.get("image_size")) if isinstance(settings, dict) else ""
+    return int(size) if size.isdigit() else None
+
+
 def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """A linear probe as `eval_cls_imagenet.py` saves it.
 

@@ -12,9 +12,10 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone
+from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, trained_at
 from pcl.distributed import available_cores, launch, launched_outside, local_processes, total_processes
 from pcl.loader import IndexedFolder, UnreadableImageError, holds_images
+from pcl.logs import log
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,6 +110,13 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
 
 
+def note_image_size(args: argparse.Namespace) -> None:
+    """Say so if the backbone is evaluated at another size than it was trained at."""
+    trained = trained_at(args.pretrained) if args.pretrained else None
+    if trained not in (None, args.image_size):
+        log(f"note: the backbone was trained at {trained} pixels and sees {args.image_size}; --image-size sets that")
+
+
 def add_output_argument(parser: Parser) -> None:
     """Where an evaluation keeps its result (`pcl.logs.write_result`)."""
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
@@ -161,14 +169,15 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
     root = data / split
     if not root.is_dir():
         if labelled or not holds_images(data):
-            parser.error(f"DIR {data}: it has no folder {split}/; the images belong into {root}/<class>/")
+            straight = "" if labelled else f", or straight into {data} if they have no labels"
+            parser.error(f"DIR {data}: it has no folder {split}/; put the images into {root}/<class>/{straight}")
         root = data
     try:
         images = IndexedFolder(root, lambda image: image)
     except FileNotFoundError as error:
         parser.error(f"DIR {data}: {error}; put the images into {root}/<class>/")
     if labelled and not images.classes:
-        parser.error(f"DIR {data}: images lie in {root} itself; they belong into {root}/<class>/, which names their label")
+        parser.error(f"DIR {data}: images lie in {root} itself; put them into {root}/<class>/, which names their label")
     return images
 
 

@@ -105,6 +105,7 @@ def read_results(paths: Sequence[Path]) -> tuple[dict[str, dict], dict[str, dict
         source = result["checkpoint"]
         names = {"none": "raw pixels", "random": f"random {source['arch']}"}
         name = names.get(source["weights"]) or f"{source['arch']}, {'/'.join(Path(source['weights']).parts[-2:])}"
+        name += f", {result['settings']['image_size']} pixels"
         for kind, found in (("full", full), ("low_shot", low_shot)):
             if kind in result:
                 label = name if name not in found else f"{name} ({path.stem})"
@@ -128,37 +129,34 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
 def training_curves(epochs: dict[int, dict[str, float]], arguments: dict[str, Any]) -> Figure:
     """Losses, accuracies, and what the monitor saw, by epoch."""
     clusters = sorted({int(n.split("/")[0].removeprefix("clusters_")) for f in epochs.values() for n in f if "clusters_" in n})
-    panels: list[tuple[str, str, float, dict[str, str]]] = [
-        ("Loss", "nats", 1, {"loss_instance": "InfoNCE", "loss_prototype": "prototype term"}),
-        (
-            "Views nearest to their own key, or prototype",
-            "% of views",
-            100,
-            {"acc_instance": "key", "acc_prototype": "prototype"},
-        ),
-        (
-            "kNN accuracy, each image left out in turn",
-            "% of images",
-            100,
-            {"knn_train": "training images, momentum features", "knn_val": "validation images, backbone"},
-        ),
-        ("Clusters and labels", "adjusted mutual information", 1, {f"clusters_{k}/ami": f"K = {k:,}" for k in clusters}),
-        (
-            "Images that changed cluster since the last E-step",
-            "% of images",
-            100,
-            {f"clusters_{k}/changed": f"K = {k:,}" for k in clusters},
-        ),
-        ("Learning rate", "", 1, {"lr": "of the epoch"}),
-    ]
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    figure.suptitle(plain(f"Training of {arguments.get('arch', 'the encoder')} on {arguments.get('images', 'its images')}", 99))
+    # What is measured before an epoch stands where the one before it ended.
+    panels = [
+        ("Loss", "nats", 1, 1, {"loss_instance": "InfoNCE", "loss_prototype": "prototype term"}),
+        ("Views nearest to their own", "% of views", 100, 1, {"acc_instance": "key", "acc_prototype": "prototype"}),
+        ("kNN accuracy, each image left out in turn", "% of images", 100, 0, {
+            "knn_train": "training images, momentum features", "knn_val": "validation images, backbone"}),
+        ("Clusters and labels", "adjusted mutual information", 1, 0, {f"clusters_{k}/ami": f"K = {k:,}" for k in clusters}),
+        ("Clusters and those of the last E-step", "adjusted mutual information", 1, 0, {
+            f"clusters_{k}/ami_previous": f"K = {k:,}" for k in clusters}),
+        ("Images that left their old cluster", "% of images", 100, 0, {
+            f"clusters_{k}/changed": f"K = {k:,}" for k in clusters}),
+        ("Learning rate", "", 1, 1, {"lr": "of the epoch"}),
+    ]  # fmt: skip
+    found = {name for figures in epochs.values() for name in figures}
+    panels = [panel for panel in panels if found & panel[-1].keys()]  # without labels there are fewer
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    images = "/".join(Path(arguments.get("images", "its images")).parts[-3:])
+    figure.suptitle(plain(f"Training of {arguments.get('arch', 'the encoder')} on {images}", 99))
     warmup = int(arguments.get("warmup_epoch", 0))
-    for axes, (title, unit, factor, names) in zip(figure.subplots(3, 2).flat, panels, strict=True):
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, (title, unit, factor, later, names) in zip(grid, panels, strict=False):
         if min(epochs) < warmup <= max(epochs):
-            axes.axvline(warmup + 0.5, color=GRAY, lw=4, zorder=0, label="first prototypes")
-        curves(axes, epochs, names, factor)
-        axes.set(title=title, xlabel="epoch", ylabel=unit, xlim=(min(epochs) + 0.5, max(epochs) + 1.5))
+            axes.axvline(warmup, color=GRAY, lw=4, zorder=0, label="first prototypes")
+        curves(axes, epochs, names, factor, later)
+        axes.set(title=title, xlabel="epochs done", ylabel=unit, xlim=(min(epochs) - 0.5, max(epochs) + 1.5))
+    for axes in grid[len(panels) :]:
+        axes.remove()
     return figure
 
 
@@ -193,10 +191,10 @@ def seconds(epochs: dict[int, dict[str, float]]) -> Figure:
     return figure
 
 
-def curves(axes: Axes, epochs: dict[int, dict[str, float]], names: dict[str, str], factor: float) -> None:
-    """A curve for each of the figures called `names`, with its label; a note where there is none."""
+def curves(axes: Axes, epochs: dict[int, dict[str, float]], names: dict[str, str], factor: float, later: int) -> None:
+    """A curve for each of the figures called `names`, with its label, `later` epochs after the record's."""
     for (name, label), color, marker, style in zip(names.items(), COLORS * 9, MARKERS * 9, STYLES * 18, strict=False):
-        points = [(epoch + 1, factor * figures[name]) for epoch, figures in epochs.items() if name in figures]
+        points = [(epoch + later, factor * figures[name]) for epoch, figures in epochs.items() if name in figures]
         if points:
             axes.plot(
                 *zip(*points, strict=True),
@@ -207,10 +205,7 @@ def curves(axes: Axes, epochs: dict[int, dict[str, float]], names: dict[str, str
                 markevery=max(1, len(points) // 12),
                 label=label,
             )
-    if any(line.get_marker() != "None" for line in axes.lines):
-        axes.legend(fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "no figures yet", transform=axes.transAxes, ha="center", color="gray")
+    axes.legend(fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
 
@@ -261,10 +256,21 @@ def thumbnail(path: str, side: int = 96) -> Image.Image:
 
 
 def tsne(last: dict[str, Any]) -> Figure:
-    """The kept features in two dimensions, colored by class: at most ten of those, the others gray."""
+    """The kept features in two dimensions, colored by class, or without classes by the clusters of the fewest.
+
+    Ten of those are shown, evenly chosen classes or the largest clusters; the others are gray.
+    """
     from sklearn.manifold import TSNE  # slow to import
 
-    features, label = last["features"].numpy(), last["labels"][last["sample"]].numpy()  # (S, C), (S,)
+    features, group, names, shown = last["features"].numpy(), last["labels"], last["classes"], np.arange(0)  # (S, C), (N,)
+    kind = "class"
+    if len(names) > 1:
+        shown = np.unique(np.linspace(0, len(names) - 1, len(COLORS)).astype(int))
+    elif last["granularities"]:
+        coarse = min(last["granularities"], key=lambda granularity: len(granularity["prototypes"]))
+        group, size = coarse["im2cluster"], np.bincount(coarse["im2cluster"].numpy(), minlength=len(coarse["prototypes"]))
+        kind, names, shown = "cluster", [f"cluster of {n:,} images" for n in size], np.argsort(-size)[: len(COLORS)]
+    label = group[last["sample"]].numpy()  # (S,)
     count, total = len(features), len(last["labels"])
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
@@ -274,16 +280,16 @@ def tsne(last: dict[str, Any]) -> Figure:
     else:  # t-SNE has nothing to choose
         place = np.stack([np.arange(count), np.zeros(count)], axis=1)
     area = float(np.clip(20_000 / count, 4, 60))
-    classes = last["classes"]
-    shown = np.unique(np.linspace(0, max(len(classes) - 1, 0), len(COLORS)).astype(int))[len(classes) <= 1 :]
     others = ~np.isin(label, shown)
     if others.any():
-        name = None if len(classes) <= 1 else f"{len(classes) - len(shown):,} other classes"
-        axes.scatter(place[others, 0], place[others, 1], area, color=GRAY if name else COLORS[0], linewidths=0, label=name)
+        rest = len(names) - len(shown)
+        name = f"{rest:,} other {kind}{'es' if kind == 'class' else 's'}" if len(shown) else None
+        color = GRAY if len(shown) else COLORS[0]
+        axes.scatter(place[others, 0], place[others, 1], area, color=color, linewidths=0, label=name)
     for number, color, marker in zip(shown, COLORS, MARKERS, strict=False):
         x, y = place[label == number].T
-        axes.scatter(x, y, area, color=color, marker=marker, linewidths=0, label=plain(classes[number]))
-    if len(classes) > 1:
+        axes.scatter(x, y, area, color=color, marker=marker, linewidths=0, label=plain(names[number]))
+    if len(shown):
         axes.legend(fontsize=8, markerscale=max(1, (30 / area) ** 0.5), loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(title=title, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
@@ -294,7 +300,8 @@ def concentration_against_size(last: dict[str, Any], arguments: dict[str, Any]) 
     """Each cluster's concentration by the number of its images, one panel for each granularity."""
     granularities = last["granularities"]
     figure = Figure(figsize=(1 + 4 * len(granularities), 4.5), layout="constrained")
-    figure.suptitle(f"Concentration and size of the clusters before epoch {last['epoch'] + 1}")
+    rows = "rows of dots at top and bottom: clipped, as published, to the 10th and 90th percentile"
+    figure.suptitle(f"Concentration and size of the clusters before epoch {last['epoch'] + 1}\n({rows})", fontsize=11)
     grid = figure.subplots(1, len(granularities), sharey=True, squeeze=False)
     for axes, granularity in zip(grid[0], granularities, strict=True):
         phi = granularity["concentration"].numpy()
@@ -340,7 +347,7 @@ def low_shot_curves(low_shot: dict[str, dict]) -> Figure:
         axes.fill_between(shots, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, map(str, shots))
-    title = "Linear SVMs with few labels: mean of the draws, and one standard deviation to each side"
+    title = "Linear SVMs with few labels (mean over the draws ± standard deviation)"
     axes.set(title=title, xlabel="labelled images of each class, k", ylabel="mean average precision (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

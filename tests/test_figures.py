@@ -31,8 +31,11 @@ def run_folder(folder, images, num_clusters):
 def result(path, arch, weights, ap):
     low_shot = {str(k): {"mean": k / 100, "std": 0.01} for k in (1, 2, 4)}
     checkpoint = {"arch": arch, "weights": weights}
+    settings = {"image_size": "64"}
     ap_mean = float(np.mean(list(ap.values())))
-    path.write_text(json.dumps({"checkpoint": checkpoint, "full": {"ap": ap, "map": ap_mean}, "low_shot": low_shot}))
+    path.write_text(
+        json.dumps({"settings": settings, "checkpoint": checkpoint, "full": {"ap": ap, "map": ap_mean}, "low_shot": low_shot})
+    )
 
 
 def test_every_picture_is_written_and_shows_something(six_classes, tmp_path):
@@ -54,11 +57,12 @@ def test_curves_are_those_of_the_log(six_classes, tmp_path):
     with (exp_dir / "log.jsonl").open("a") as file:  # the run was resumed, did epoch 3 again, and was cut off
         file.write(json.dumps({"epoch": 2, "loss_instance": 2.5}) + '\n{"epoch": 3, "loss_inst')
     arguments, epochs = figures.read_log(exp_dir / "log.jsonl")
-    losses, _, knn, agreement, *_ = figures.training_curves(epochs, arguments).axes
+    losses, _, knn, agreement, rate = figures.training_curves(epochs, arguments).axes  # nothing is known of changes
     (instance,) = [line for line in losses.lines if line.get_label() == "InfoNCE"]
     assert instance.get_xydata().tolist() == [[1, 5], [2, 4], [3, 2.5]]
     (accuracy,) = [line for line in knn.lines if line.get_label() == "training images, momentum features"]
-    assert accuracy.get_ydata().tolist() == [50, 50, 50]
+    assert accuracy.get_xydata().tolist() == [[0, 50], [1, 50], [2, 50]]  # measured before the epoch
+    assert rate.get_title() == "Learning rate"
     assert "K = 3" in [line.get_label() for line in agreement.lines]
 
 
