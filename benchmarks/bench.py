@@ -9,18 +9,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
+import math
+import os
+import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pcl.distributed import launch
-from pcl.loader import IndexedFolder, center_view, make_loader
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from pcl.augment import RecipeView, finish
+from pcl.builder import MoCo
+from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
+from pcl.distributed import deal, launch
+from pcl.loader import (
+    MEAN,
+    STD,
+    IndexedFolder,
+    TwoViews,
+    center_view,
+    make_loader,
+    random_view,
+    read_image,
+    read_tensor,
+)
 from pcl.logs import describe_machine, versions
+from pcl.losses import prototype_logits, prototype_loss, sample_negatives
 from pcl.samples import write_image_folder, write_voc
+from pcl.sharded import kmeans_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts
@@ -52,9 +81,10 @@ class Row:
     """One comparison."""
 
     part: str
-    published: float  # seconds
-    ours: float  # seconds
+    published: float
+    ours: float
     note: str
+    unit: str = "s"
 
 
 def low_shot() -> Row:
@@ -132,7 +162,266 @@ def linear_probe() -> Row:
     return Row("linear probe, 10 epochs", *seconds, saved)
 
 
-PARTS: dict[str, Callable[[], Row]] = {"low-shot": low_shot, "linear-probe": linear_probe}
+def fastest(*sides: Callable[[], object], times: int = 5, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Seconds of the fastest of several runs of each side, the sides taking turns."""
+    seconds = [math.inf] * len(sides)
+    for _ in range(times):
+        for i, side in enumerate(sides):
+            start = clock()
+            side()
+            seconds[i] = min(seconds[i], clock() - start)
+    return seconds
+
+
+def random_clustering(num_images: int, num_cluster: int) -> Clustering:
+    """Of the size of a run's, with nothing in it."""
+    prototypes = F.normalize(torch.randn(num_cluster, 128), dim=1)
+    return Clustering(torch.randint(num_cluster, (num_images,)), prototypes, torch.rand(num_cluster) + 0.1)
+
+
+def negatives() -> Row:
+    """A step's negatives and prototype logits on the CPU, at ImageNet's size."""
+    clusterings = [random_clustering(200_000, k) for k in IMAGENET]
+    q, index = F.normalize(torch.randn(32, 128), dim=1), torch.randint(200_000, (32,))
+    for clustering in clusterings:
+        clustering.num_used  # noqa: B018 - once an epoch on either side
+
+    def published() -> None:
+        for clustering in clusterings:
+            positive = clustering.im2cluster[index]
+            others = set(range(clustering.num_used)) - set(positive.tolist())
+            negative = random.sample(list(others), 16384)
+            chosen = torch.cat([clustering.prototypes[positive], clustering.prototypes[negative]])
+            q @ chosen.T / torch.cat([clustering.concentration[positive], clustering.concentration[torch.LongTensor(negative)]])
+
+    def ours() -> None:
+        for clustering in clusterings:
+            positive = clustering.im2cluster[index]
+            prototype_logits(q, positive, sample_negatives(positive, clustering.num_used, 16384), clustering)
+
+    seconds = fastest(published, ours, times=20)
+    return Row("negatives and prototype logits of a step", *(1e3 * t for t in seconds), "target 8", "ms")
+
+
+def concentrations() -> Row:
+    """Concentrations of 1.28 million images at three granularities."""
+    rng = np.random.default_rng(0)
+    inputs = [(rng.random(1_281_167, np.float32), rng.integers(k, size=1_281_167), k) for k in IMAGENET]
+
+    def published() -> None:
+        for squared, im2cluster, k in inputs:
+            members: list[list[float]] = [[] for _ in range(k)]
+            for image, number in enumerate(im2cluster):
+                members[number].append(squared[image])
+            phi = np.zeros(k)
+            for number, distances in enumerate(members):
+                if len(distances) > 1:
+                    phi[number] = (np.asarray(distances) ** 0.5).mean() / np.log(len(distances) + 10)
+            largest = phi.max()
+            for number, distances in enumerate(members):
+                if len(distances) <= 1:
+                    phi[number] = largest
+            phi = phi.clip(np.percentile(phi, 10), np.percentile(phi, 90))
+            torch.Tensor(0.2 * phi / phi.mean())
+
+    def ours() -> None:
+        for squared, im2cluster, k in inputs:
+            concentration(torch.from_numpy(squared).sqrt(), im2cluster, k, temperature=0.2)
+
+    (slow,), (fast,) = fastest(published, times=1), fastest(ours)
+    return Row("concentrations, 1.28 million images", slow, fast, "target 100")
+
+
+def features_like_an_encoder_s(num_images: int) -> np.ndarray:
+    """(N, 128) unit-length rows in groups, most of whose variance lies in 16 directions."""
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(200, 16))[rng.integers(200, size=num_images)] + 0.5 * rng.normal(size=(num_images, 16))
+    rows = latent @ rng.normal(size=(16, 128)) + 0.3 * rng.normal(size=(num_images, 128))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def restarts_over_ranks() -> Row:
+    """k-means of three granularities with five restarts each on one rank, or dealt to eight: from the jobs' measured times."""
+    features = features_like_an_encoder_s(12_800)
+    jobs = [(k, seed, restart) for seed, k in enumerate((250, 500, 1000)) for restart in range(RESTARTS)]
+    seconds = []
+    for job in jobs:
+        start = time.perf_counter()
+        kmeans(features, *job)
+        seconds.append(time.perf_counter() - start)
+    owner = deal([k for k, _, _ in jobs], 8)
+    makespan = max(sum(s for s, o in zip(seconds, owner, strict=True) if o == rank) for rank in range(8))
+    ideal = max(sum(seconds) / 8, *seconds)
+    note = f"{makespan / ideal:.2f} times the ideal; target 1.3"
+    return Row("k-means on 8 ranks (from job times)", sum(seconds), makespan, note)
+
+
+def pruned_kmeans() -> Row:
+    """faiss's Clustering and SuperKMeans on the CPU, 50,000 x 128, K = 2,500, one restart."""
+    features, objective = features_like_an_encoder_s(50_000), {}
+
+    def run(algorithm: str) -> Callable[[], None]:
+        return lambda: objective.update({algorithm: kmeans(features, 2500, 0, algorithm=algorithm)[0]})
+
+    seconds = fastest(run("faiss"), run("super"), times=3)
+    difference = objective["super"] / objective["faiss"] - 1
+    return Row("`--kmeans super`, K = 2,500 of 50,000", *seconds, f"objective {difference:+.3%}; target 1.3, 0.1 %")
+
+
+def sharded_kmeans() -> Row:
+    """The same against `--kmeans sharded` in one process."""
+    features, objective = features_like_an_encoder_s(50_000), {}
+    whole = torch.from_numpy(features)
+    seconds = fastest(
+        lambda: objective.update(faiss=kmeans(features, 2500, 0)[0]),
+        lambda: objective.update(sharded=kmeans_sharded(whole, 50_000, 2500, 0)[0]),
+        times=2,
+    )
+    difference = objective["sharded"] / objective["faiss"] - 1
+    return Row("`--kmeans sharded`, one process", *seconds, f"objective {difference:+.4%}; target 0.1 %; for memory, not speed")
+
+
+def photographs(folder: Path, count: int = 40) -> list[Path]:
+    """JPEGs of 500 x 375 pixels with detail at every scale, some 75 kB each."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:
+        pixels = np.full((375, 500, 3), 128.0)
+        for scale in (1, 2, 4, 8, 32, 128):
+            noise = rng.normal(0, 12, (375 // scale + 1, 500 // scale + 1, 3 if scale > 8 else 1))
+            image = np.broadcast_to(128 + noise * (4 if scale > 8 else 1), (*noise.shape[:2], 3)).clip(0, 255)
+            pixels += np.asarray(Image.fromarray(image.astype(np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)) - 128.0
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return paths
+
+
+def per_image(published: Callable, ours: Callable, name: str, note: Callable[[list[Path]], str]) -> Row:
+    """CPU time of one thread for an image, in milliseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = photographs(Path(folder))
+        sides = [lambda side=side: [side(path) for path in paths] for side in (published, ours)]
+        seconds = fastest(*sides, clock=time.process_time)
+        remark = note(paths)
+    torch.set_num_threads(threads)
+    return Row(name, *(1e3 * t / len(paths) for t in seconds), remark, "ms")
+
+
+def as_published(view: transforms.Compose) -> Callable[[Path], Tensor]:
+    """A view of PIL's that ends in normalized floating-point numbers."""
+    tail = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    whole = transforms.Compose([*view.transforms[:-1], *tail])
+    return lambda path: whole(read_image(path))
+
+
+def two_views() -> Row:
+    """The two v2 views of a JPEG in a worker: with PIL, or the part of `--augment-on device` that is left to it."""
+    published, ours = as_published(random_view(224, aug_plus=True)), TwoViews(RecipeView(224, aug_plus=True))
+
+    def rest(paths: list[Path]) -> str:
+        views = [RecipeView(224, True)(read_tensor(path)) for path in paths]
+        batch, recipe = (torch.stack(parts) for parts in zip(*views, strict=True))
+        (seconds,) = fastest(lambda: finish(batch, recipe, True), clock=time.process_time)
+        return f"and {2e3 * seconds / len(paths):.1f} ms on the device, were it this CPU; target 2.7 ms"
+
+    both = lambda path: (published(path), published(path))  # noqa: E731
+    return per_image(both, lambda path: ours(read_tensor(path)), "two views of a 500 x 375 JPEG, v2", rest)
+
+
+def center_crop() -> Row:
+    """The E-step's center crop of a JPEG in a worker, with PIL or on tensors."""
+    exact, fast = center_view(224), center_view(224, tensors=True)
+
+    def difference(paths: list[Path]) -> str:
+        apart = [(exact(read_image(path)).int() - fast(read_tensor(path)).int()).abs().max() for path in paths]
+        return f"pixels differ by {int(max(apart))} of 255 at most; target 1.6"
+
+    return per_image(as_published(exact), lambda path: fast(read_tensor(path)), "center crop for the E-step", difference)
+
+
+def momentum_update() -> Row:
+    """The momentum update of a ResNet-50 on the CPU."""
+    model = MoCo(torchvision.models.resnet50, r=256, mlp=True)
+
+    @torch.no_grad()
+    def published() -> None:
+        for key, query in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+            key.data = key.data * 0.999 + query.data * (1.0 - 0.999)
+
+    seconds = fastest(published, model._update_key_encoder, times=20)
+    return Row("momentum update of a ResNet-50", *(1e3 * t for t in seconds), "to the bit the same", "ms")
+
+
+def file_list() -> Row:
+    """What a loader's worker copies of 1.28 million file names by reading them all: a list of strings, or the array."""
+    names = [f"/data/imagenet/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(1_281_167)]
+    array = np.array([os.fsencode(name) for name in names])
+    grown = []
+    for held in (names, array):
+        gc.collect()
+        receive, send = mp.Pipe(duplex=False)
+        child = mp.get_context("fork").Process(target=_read_all, args=(held, send))
+        child.start()
+        grown.append(receive.recv())
+        child.join()
+    note = f"the array itself has {array.nbytes / 2**20:.0f} MiB, once"
+    return Row("1.28 million file names, copied by a worker", *grown, note, "MiB")
+
+
+def _read_all(held: Any, send: Any) -> None:
+    def own_memory() -> float:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
+
+    before = own_memory()
+    for i in range(len(held)):
+        held[i]
+    send.send(own_memory() - before)
+
+
+IMAGENET = (25_000, 50_000, 100_000)
+PARTS: dict[str, Callable[[], Row]] = {
+    "low-shot": low_shot,
+    "linear-probe": linear_probe,
+    "negatives": negatives,
+    "concentrations": concentrations,
+    "restarts": restarts_over_ranks,
+    "super": pruned_kmeans,
+    "sharded": sharded_kmeans,
+    "views": two_views,
+    "center-crop": center_crop,
+    "momentum": momentum_update,
+    "file-list": file_list,
+}
+NOT_MEASURED = [
+    "ResNet-50, 224 pixels, images/s with `--amp bf16 --channels-last`",
+    "host synchronisations of a training step (test marked `gpu`)",
+    "E-step of ImageNet's size with `--kmeans sharded`",
+]
+
+
+def scaling() -> list[str]:
+    """How a step's prototype term and an E-step's k-means grow, as lines of a table."""
+    lines = ["| what grows | | time | for each |", "|---|---|---|---|"]
+    q, index = F.normalize(torch.randn(32, 128), dim=1), torch.arange(32)
+    for k in IMAGENET:
+        clustering = random_clustering(k, k)
+        clustering.num_used  # noqa: B018 - once an epoch
+        draw, step = fastest(
+            lambda c=clustering, k=k: sample_negatives(c.im2cluster[index], k, 16384),
+            lambda c=clustering: prototype_loss(q, index, [c], 16384),
+            times=20,
+        )
+        rest = f"{1e3 * (step - draw):.1f} ms without drawing"
+        lines.append(f"| K of a step, r = 16,384 | {k:,} | {1e3 * step:.1f} ms | {rest} |")
+    for num_images, num_cluster in ((10_000, 250), (20_000, 250), (40_000, 250), (20_000, 500), (20_000, 1000)):
+        features = features_like_an_encoder_s(num_images)
+        (seconds,) = fastest(lambda f=features, k=num_cluster: kmeans(f, k, 0), times=3)
+        rate = 1e12 * seconds / (num_images * num_cluster * ITERATIONS)
+        size = f"N = {num_images:,}, K = {num_cluster:,}"
+        lines.append(f"| k-means, one restart | {size} | {seconds:.2f} s | {rate:.0f} ps for each N K iteration |")
+    return lines
 
 
 def main() -> None:
@@ -143,12 +432,15 @@ def main() -> None:
         parser.error(f"no part {unknown[0]}; there are {', '.join(PARTS)}")
     numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines = [f"Machine: {describe_machine()}.", f"Versions: {numbers}.", ""]
-    lines += ["| part | published, s | here, s | ratio | |", "|---|---|---|---|---|"]
+    lines += ["| part | published | here | ratio | |", "|---|---|---|---|---|"]
     for part in chosen:
         row = PARTS[part]()
         ratio = row.published / row.ours
-        lines.append(f"| {row.part} | {row.published:.3g} | {row.ours:.3g} | {ratio:.1f} | {row.note} |")
-    print("\n".join(lines))
+        lines.append(f"| {row.part} | {row.published:.3g} {row.unit} | {row.ours:.3g} {row.unit} | {ratio:.1f} | {row.note} |")
+        print(lines[-1], flush=True)
+    lines += [f"| {part} | | not measured | | no GPU |" for part in NOT_MEASURED if not torch.cuda.is_available()]
+    lines += ["", *scaling()] if chosen == list(PARTS) else []
+    print("\n".join(["", *lines]))
     if chosen == list(PARTS):
         head = ["# Measured by `make bench`", "", "Both sides in one run on the machine below; what travels is the ratio.", ""]
         (ROOT / "benchmarks" / "results.md").write_text("\n".join([*head, *lines]) + "\n")
