@@ -30,7 +30,7 @@ from pcl import checkpoint, cli
 from pcl.augment import RecipeView, finish
 from pcl.builder import MoCo, extract_share
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import gather_interleaved, get_rank, get_world_size, is_main, seed_everything, shared_map
+from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size, is_main, seed_everything, shared_map
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -171,7 +171,9 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
             clusterings = e_step(model, center_loader, epoch, args, record, monitor)
         elif monitor.is_due(epoch):
             look_in_warm_up(model, center_loader, epoch, args, monitor)
-        m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
+        figures = m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
+        if epoch == args.start_epoch:
+            tell_the_limit(figures, args)
         if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
             save(parallel, optimizer, epoch, args)
     if is_main():
@@ -242,8 +244,8 @@ def m_step(
     epoch: int,
     args: argparse.Namespace,
     record: RunLog,
-) -> None:
-    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up."""
+) -> dict[str, float]:
+    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up; its figures."""
     lr = cli.set_learning_rate(optimizer, args, epoch)
     model.train()
     device = model.module.queue.device
@@ -271,7 +273,24 @@ def m_step(
 
         meters.add(loss=loss, **figures)
         progress.step(step, meters)
-    progress.close(meters, lr=lr)
+    return progress.close(meters, lr=lr)
+
+
+def tell_the_limit(figures: dict[str, float], args: argparse.Namespace) -> None:
+    """Say whether loading or computing holds this run up, and what would help."""
+    waiting = figures["data_seconds"] / figures["seconds"]
+    if waiting < 0.1:
+        remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
+        log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
+        return
+    cores = available_cores()
+    if args.workers < cores:
+        remedy = f"more loader processes (-j {args.workers} of {cores} cores)"
+    elif args.augment_on == "workers":
+        remedy = "--augment-on device, which leaves the loader's processes a fifth of their work"
+    else:
+        remedy = "faster storage, smaller image files or more cores"
+    log(f"waiting for data takes {waiting:.0%} of the time; what would help: {remedy}")
 
 
 def images_of(view: Any, device: torch.device, args: argparse.Namespace) -> Tensor:

@@ -30,6 +30,7 @@ from pcl.clustering import (
 )
 from pcl.distributed import add_over_ranks, gather_interleaved, get_rank, get_world_size
 
+CHUNK = 2**16  # images whose features are held in double precision at once
 TILE = 8192, 32768  # images and centroids whose distances a GPU holds at once: 1 GiB
 
 
@@ -100,15 +101,13 @@ def kmeans_sharded(
     for _ in range(ITERATIONS):
         squared, nearest = assign(features, centroids, tf32)  # (n,), (n,)
         # In double precision, so that the order in which ranks add does not show.
-        total = features.new_zeros(num_cluster, features.shape[1] + 1, dtype=torch.float64)
-        ones = features.new_ones(len(features), 1)
-        for rows, place in zip(torch.cat([features, ones], 1).split(2**18), nearest.split(2**18), strict=True):
+        total = features.new_zeros(num_cluster, features.shape[1], dtype=torch.float64)
+        for rows, place in zip(features.split(CHUNK), nearest.split(CHUNK), strict=True):
             total.index_add_(0, place, rows.double())
-        total = add_over_ranks(total)
-        count = total[:, -1]
-        centroids = (total[:, :-1] / count.clamp(min=1)[:, None]).float()
+        count = add_over_ranks(torch.bincount(nearest, minlength=num_cluster))
+        centroids = (add_over_ranks(total) / count.clamp(min=1)[:, None]).float()
         objective = float(add_over_ranks(squared.double().sum()))
-        reassign_centroids(count.long().cpu().numpy(), centroids, random)
+        reassign_centroids(count.cpu().numpy(), centroids, random)
     return objective, centroids
 
 

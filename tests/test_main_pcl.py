@@ -266,6 +266,24 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     assert (files_below(tmp_path), files_below(finished)) == before
 
 
+@pytest.mark.parametrize(
+    ("seconds", "options", "expected"),
+    [
+        (0.5, [], "computing takes 95% of the time"),
+        (4, ["-j", "3"], "waiting for data takes 40% of the time; what would help: more loader processes (-j 3 of 8 cores)"),
+        (4, ["-j", "8"], "--augment-on device"),
+        (4, ["-j", "8", "--augment-on", "device"], "faster storage"),
+    ],
+)
+def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, options, expected):
+    monkeypatch.setattr(main_pcl, "available_cores", lambda: 8)
+    args = main_pcl.get_parser().parse_args(["DIR", *options])
+    main_pcl.tell_the_limit({"data_seconds": seconds, "seconds": 10}, args)
+    out = capsys.readouterr().out
+    assert expected in out
+    assert out.count("\n") == 1
+
+
 def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
