@@ -76,7 +76,7 @@ def get_parser() -> cli.Parser:
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
     model.add_argument("--augment-on", choices=["workers", "device"], default="workers",
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
-    model.add_argument("--amp", choices=["off", "bf16"], default="off", help="encoders compute in bfloat16: faster on new GPUs")
+    model.add_argument("--amp", choices=["off", "bf16"], default="off", help="features in bfloat16: faster on new GPUs")
     model.add_argument("--channels-last", action="store_true", help="another layout of images and weights: faster with --amp")
     em = parser.add_argument_group("expectation-maximisation")
     em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,..",
@@ -119,6 +119,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
     if args.kmeans == "super" and args.low_dim < 32:
         parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
+    if args.kmeans_tf32 and args.kmeans != "sharded":
+        parser.error(f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}")
     if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--cos and --schedule exclude each other; leave one out")
     if args.resume:
@@ -134,6 +136,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     elif args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
+    if not images.classes and args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
+        parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
     if args.exp_dir.exists() and not args.exp_dir.is_dir():
         parser.error(f"--exp-dir {args.exp_dir} is a file; name a folder")
 
@@ -171,16 +175,24 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
             clusterings = e_step(model, center_loader, epoch, args, record, monitor)
         elif monitor.is_due(epoch):
             look_in_warm_up(model, center_loader, epoch, args, monitor)
-        figures = m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
+        means = m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
         if epoch == args.start_epoch:
-            tell_the_limit(figures, args)
+            tell_the_limit(means, args)
         if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
             save(parallel, optimizer, epoch, args)
     if is_main():
-        from pcl import figures  # slow to import
+        draw_pictures(args.exp_dir)
 
-        figures.draw(args.exp_dir)
-        log(f"pictures: {args.exp_dir / 'figures'}")
+
+def draw_pictures(exp_dir: Path) -> None:
+    """Draw the finished run; it stays finished if that fails."""
+    from pcl.figures import draw  # slow to import
+
+    try:
+        draw(exp_dir)
+        log(f"pictures: {exp_dir / 'figures'}")
+    except Exception as error:  # the checkpoints are what the run was for
+        log(f"pictures could not be drawn ({error}); mend that and try: python -m pcl.figures {exp_dir}")
 
 
 def e_step(
@@ -202,8 +214,7 @@ def e_step(
     record.figures(epoch, **seconds)
     log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
     monitor.look(epoch, model, features, seen, clusterings)
-    if is_main():
-        keep_e_step(args.exp_dir, epoch, features, seen, clusterings, loader.dataset)
+    keep_e_step(args.exp_dir, epoch, features, seen, clusterings, loader.dataset)
     return clusterings
 
 
@@ -216,9 +227,10 @@ def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace,
     model.share_statistics()
     num_images = len(loader.dataset)
     with reduced_precision(args, model.queue.device):
-        features = extract_share(model, track_all(label, loader), model.queue.device)
+        share = share_of_rank(num_images)
+        features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
     if args.kmeans == "sharded":
-        return features, share_of_rank(num_images)
+        return features, share
     return gather_interleaved(features, num_images), range(num_images)
 
 
@@ -232,8 +244,7 @@ def look_in_warm_up(model: MoCo, loader: DataLoader, epoch: int, args: argparse.
     start = time.monotonic()
     features, seen = momentum_features(model, loader, args, "monitor")
     monitor.look(epoch, model, features, seen, [], start)
-    if is_main():
-        keep_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
+    keep_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
 
 
 def m_step(
@@ -245,7 +256,7 @@ def m_step(
     args: argparse.Namespace,
     record: RunLog,
 ) -> dict[str, float]:
-    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up; its figures."""
+    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up; the means of its figures."""
     lr = cli.set_learning_rate(optimizer, args, epoch)
     model.train()
     device = model.module.queue.device
@@ -276,9 +287,9 @@ def m_step(
     return progress.close(meters, lr=lr)
 
 
-def tell_the_limit(figures: dict[str, float], args: argparse.Namespace) -> None:
+def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
     """Say whether loading or computing holds this run up, and what would help."""
-    waiting = figures["data_seconds"] / figures["seconds"]
+    waiting = means["data_seconds"] / means["seconds"]
     if waiting < 0.1:
         remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
@@ -309,7 +320,7 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
 
 
 def reduced_precision(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Inside, the encoders compute in bfloat16 if --amp asks for it; features, losses and weights stay float32."""
+    """Inside, the encoders give features in bfloat16 if --amp asks for it; weights and all that follows stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
 

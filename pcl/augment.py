@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 
-from pcl.loader import CROP_SCALE, mean_and_std
+from pcl.loader import CROP_SCALE, pixel_statistics
 
 RECIPE = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
@@ -62,32 +62,34 @@ def finish(images: Tensor, recipe: Tensor, aug_plus: bool) -> Tensor:
     As published, v1 makes an image gray before its colors change, v2 (`aug_plus`) after it. The host never waits for a GPU,
     since it is the host that knows the recipes.
     """
-    x = images.float().div_(255)
-    grayscale = (recipe[:, RECIPE.index("grayscale")] > 0).nonzero()[:, 0]
-    if not aug_plus:
-        _change(x, grayscale, _grayscale)
+    white, mean, std = pixel_statistics(images.device)
+    x = images.float().div_(white)
+    changes = plan(recipe, aug_plus)
+    rows, factors = torch.cat([rows for _, rows, _ in changes]), torch.cat([factor for *_, factor in changes])
+    if x.is_cuda:  # in one transfer each, from where the GPU may fetch them while the host goes on
+        rows, factors = (t.pin_memory().to(x.device, non_blocking=True) for t in (rows, factors))
+    lengths = [len(rows) for _, rows, _ in changes]
+    for (change, *_), row, factor in zip(changes, rows.split(lengths), factors.split(lengths), strict=True):
+        if len(row):
+            x[row] = change(x[row], factor[:, None, None, None])
+    return x.sub_(mean).div_(std)
+
+
+def plan(recipe: Tensor, aug_plus: bool) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
+    """(B, 10) on the CPU -> one change after the other, with the images that it is for, int64, and the factor of each."""
+    changes = []
     for position in range(4):
         for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
             neutral = float(change is not _hue)
             chosen = (recipe[:, 4 + position] == number) & (recipe[:, number] != neutral)
-            rows = chosen.nonzero()[:, 0]
-            _change(x, rows, change, recipe[rows, number])
-    if aug_plus:
-        _change(x, grayscale, _grayscale)
-    rows = (recipe[:, RECIPE.index("radius")] > 0).nonzero()[:, 0]
-    _change(x, rows, _blur, recipe[rows, RECIPE.index("radius")])
-    mean, std = mean_and_std(x.device)
-    return x.sub_(mean).div_(std)
+            changes.append((change, number, chosen))
+    grayscale = (_grayscale, RECIPE.index("grayscale"), recipe[:, RECIPE.index("grayscale")] > 0)
+    changes.insert(len(changes) if aug_plus else 0, grayscale)
+    changes.append((_blur, RECIPE.index("radius"), recipe[:, RECIPE.index("radius")] > 0))
+    return [(change, rows, recipe[rows, number]) for change, number, chosen in changes for rows in [chosen.nonzero()[:, 0]]]
 
 
-def _change(x: Tensor, rows: Tensor, change: Callable[..., Tensor], *factor: Tensor) -> None:
-    """Change some images in place, each by its own factor, a (rows,) tensor on the CPU like the rows themselves."""
-    if len(rows):
-        rows, *factor = (t.to(x.device, non_blocking=True) for t in (rows, *factor))  # type: ignore[assignment]
-        x[rows] = change(x[rows], *(f[:, None, None, None] for f in factor))
-
-
-def _grayscale(x: Tensor) -> Tensor:
+def _grayscale(x: Tensor, _: Tensor | None = None) -> Tensor:
     return sum(weight * x[:, i : i + 1] for i, weight in enumerate(LUMA)).expand_as(x)  # type: ignore[union-attr]
 
 

@@ -130,10 +130,20 @@ def extract_features(
     Returns:
         (N, C) float32 on `device`, in the order of the data set, the same on every rank.
     """
-    return gather_interleaved(extract_share(network, loader, device), num_images)
+    own = len(range(get_rank(), num_images, get_world_size()))
+    return gather_interleaved(extract_share(network, loader, own, device), num_images)
 
 
 @torch.no_grad()
-def extract_share(network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """`extract_features` of this rank's images alone: (n, C) float32."""
-    return torch.cat([network(normalize(images.to(device, non_blocking=True))).float() for images, _ in loader])
+def extract_share(
+    network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device
+) -> Tensor:
+    """`extract_features` of this rank's images alone, of which there are `num_images`: (n, C) float32."""
+    features, done = torch.empty(0), 0
+    for images, _ in loader:
+        batch = network(normalize(images.to(device, non_blocking=True)))  # (B, C)
+        if done == 0:
+            features = batch.new_empty(num_images, batch.shape[1], dtype=torch.float32)
+        features[done : done + len(batch)] = batch
+        done += len(batch)
+    return features

@@ -149,6 +149,12 @@ def add_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def wait_for_main() -> None:
+    """Wait, for days if need be, until every rank is here: after what the main process does alone."""
+    if dist.is_initialized():
+        dist.barrier(group=_patient_group)
+
+
 def mean_over_ranks(values: Sequence[float]) -> list[float]:
     """The mean of each number over the ranks."""
     means = torch.tensor(values, dtype=torch.float64)

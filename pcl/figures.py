@@ -51,7 +51,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
     """
     arguments, epochs = read_log(exp_dir / "log.jsonl")
     pictures: dict[str, Figure] = {}
-    if epochs:
+    if any("seconds" in figures for figures in epochs.values()):  # an epoch has come to its end
         pictures["training_curves"] = training_curves(epochs, arguments)
         pictures["seconds"] = seconds(epochs)
     if (exp_dir / LAST_E_STEP).is_file():
@@ -171,7 +171,7 @@ def seconds(epochs: dict[int, dict[str, float]]) -> Figure:
     }
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    finished = {epoch: figures for epoch, figures in epochs.items() if "seconds" in figures} or epochs
+    finished = {epoch: figures for epoch, figures in epochs.items() if "seconds" in figures}
     taken = {name: np.array([f.get(name, 0) for f in finished.values()]) for name in parts}
     everything = max(sum(float(values.sum()) for values in taken.values()), 1e-9)
     bottom = np.zeros(len(finished))
@@ -221,6 +221,7 @@ def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: In
     figure.suptitle(
         f"{len(rows)} of {len(phi):,} prototypes before epoch {last['epoch'] + 1}, of rising concentration $\\phi$:\n"
         f"the images of the cluster that lie nearest to the prototype, nearest first"
+        + (f" (of {len(seen):,} of {len(im2cluster):,} images)" if len(seen) < len(im2cluster) else "")
     )
     grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for places, prototype in zip(grid, rows, strict=True):
@@ -276,7 +277,8 @@ def tsne(last: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     title = f"t-SNE of the momentum features of {count:,} of {total:,} images, before epoch {last['epoch'] + 1}"
     if count > 2:
-        place = TSNE(perplexity=min(30, (count - 1) / 3), random_state=0).fit_transform(features)
+        init = "pca" if features.shape[1] > 1 and features.std(axis=0).max() > 1e-6 else "random"
+        place = TSNE(perplexity=min(30, (count - 1) / 3), init=init, random_state=0).fit_transform(features)
     else:  # t-SNE has nothing to choose
         place = np.stack([np.arange(count), np.zeros(count)], axis=1)
     area = float(np.clip(20_000 / count, 4, 60))

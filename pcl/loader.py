@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,11 @@ def read_image(path: str | Path) -> Image.Image:
 
 def read_tensor(path: str | Path) -> Tensor:
     """The same as (3, H, W) uint8; by torchvision's decoders, which are faster, where they know the format."""
-    try:
-        return decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError:
-        return pil_to_tensor(read_image(path))
+    with suppress(RuntimeError):
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        if image.dtype == torch.uint8 and image.dim() == 3:  # neither 16 bits a channel nor animated
+            return image
+    return pil_to_tensor(read_image(path))
 
 
 class IndexedFolder(Dataset):
@@ -197,15 +198,15 @@ def normalize(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
-    mean, std = mean_and_std(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    white, mean, std = pixel_statistics(images.device)
+    return images.float().div_(white).sub_(mean).div_(std)
 
 
 @cache
-def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of ImageNet's pixels, each (3, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))  # (3, 1, 1)
-    return mean, std
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return torch.tensor(255.0, device=device), mean, std
 
 
 class EpochSampler(DistributedSampler):

@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint
 from pcl.builder import MoCo, extract_features
 from pcl.clustering import Clustering
-from pcl.distributed import is_main
+from pcl.distributed import is_main, wait_for_main
 from pcl.loader import IndexedFolder
 from pcl.logs import RunLog, log, track
 from pcl.metrics import cluster_agreement, leave_one_out_accuracy
 
 LAST_E_STEP = "e_step.pth.tar"  # in the experiment folder, for pcl/figures.py
 SAMPLE = 5000  # images whose features it keeps
+CHUNK = 2**16  # images whose cosines are taken at once
+KNOWN = 2_000_000  # training images among which kNN looks for neighbours
 
 
 class Monitor:
@@ -39,7 +41,7 @@ class Monitor:
     def __init__(self, images: IndexedFolder, val_loader: DataLoader | None, freq: int, record: RunLog) -> None:
         self.label = torch.from_numpy(images.labels) if len(np.unique(images.labels)) > 1 else None  # (N,)
         self.val_loader, self.freq, self.record = val_loader, freq, record
-        self.previous: Sequence[Clustering] = []
+        self.previous: list[Tensor] = []  # the clusters (N,) of each granularity at the last E-step
 
     def is_due(self, epoch: int) -> bool:
         """Whether to look at this epoch of the warm-up, which needs a pass over the images for that alone."""
@@ -76,16 +78,18 @@ class Monitor:
                 figures["knn_val"] = leave_one_out_accuracy(represented, val_label)
         if is_main():
             if self.label is not None:
-                figures["knn_train"] = leave_one_out_accuracy(features, self.label[list(seen)])
+                label = self.label[seen.start : seen.stop : seen.step][:KNOWN]
+                figures["knn_train"] = leave_one_out_accuracy(features[:KNOWN], label)
             for position, clustering in enumerate(clusterings):
                 previous = self.previous[position] if self.previous else None
                 self._describe(epoch, clustering, previous, figures)
             figures["monitor_seconds"] = time.monotonic() - start
             self.record.figures(epoch, **figures)
             self._tell(epoch, figures, [len(c.prototypes) for c in clusterings])
-        self.previous = clusterings
+            self.previous = [c.im2cluster.to("cpu", torch.int32) for c in clusterings]
+        wait_for_main()
 
-    def _describe(self, epoch: int, clustering: Clustering, previous: Clustering | None, figures: dict[str, float]) -> None:
+    def _describe(self, epoch: int, clustering: Clustering, previous: Tensor | None, figures: dict[str, float]) -> None:
         """Add one granularity's figures, called clusters_K/.., and show its histograms."""
         num_cluster = len(clustering.prototypes)
         size = torch.bincount(clustering.im2cluster, minlength=num_cluster).cpu().numpy()  # (K,)
@@ -96,9 +100,9 @@ class Monitor:
             found |= {f"{name}_quartile_{i}": value for i, value in enumerate(quartiles, start=1)}
         if self.label is not None:
             found |= cluster_agreement(clustering.im2cluster, self.label)
-        if previous:
+        if previous is not None:
             # Numbers of clusters mean nothing: an image stays if it goes where most of its old cluster goes.
-            stability = cluster_agreement(previous.im2cluster, clustering.im2cluster)
+            stability = cluster_agreement(previous, clustering.im2cluster)
             found |= {"changed": 1 - stability["purity"], "ami_previous": stability["ami"]}
         figures |= {f"clusters_{num_cluster}/{name}": value for name, value in found.items()}
         if self.record.board:
@@ -122,7 +126,7 @@ class Monitor:
 def keep_e_step(
     folder: Path, epoch: int, features: Tensor, seen: range, clusterings: Sequence[Clustering], images: IndexedFolder
 ) -> None:
-    """Write what `pcl/figures.py` draws from, in place of the last E-step's.
+    """Write what `pcl/figures.py` draws from, in place of the last E-step's. Every rank must call it.
 
     Args:
         folder: the experiment's.
@@ -130,23 +134,34 @@ def keep_e_step(
         features, seen, clusterings: as for `Monitor.look`.
         images: the training images.
     """
-    ids = torch.arange(seen.start, seen.stop, seen.step)  # (n,)
+    if is_main():
+        _keep(folder, epoch, features, torch.arange(seen.start, seen.stop, seen.step), clusterings, images)
+    wait_for_main()
+
+
+def _keep(
+    folder: Path, epoch: int, features: Tensor, ids: Tensor, clusterings: Sequence[Clustering], images: IndexedFolder
+) -> None:
     chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:SAMPLE])
-    granularities = [
-        {
-            "im2cluster": clustering.im2cluster.cpu(),  # (N,) int64
-            "prototypes": clustering.prototypes.cpu(),  # (K, C)
-            "concentration": clustering.concentration.cpu(),  # (K,)
-            # (n,) to the own prototype
-            "cosine": (features * clustering.prototypes[clustering.im2cluster[ids.to(features.device)]]).sum(dim=1).cpu(),
-        }
-        for clustering in clusterings
-    ]
+    granularities = []
+    for clustering in clusterings:
+        cosine = [
+            (rows * clustering.prototypes[clustering.im2cluster[part.to(features.device)]]).sum(dim=1).cpu()
+            for rows, part in zip(features.split(CHUNK), ids.split(CHUNK), strict=True)
+        ]
+        granularities.append(
+            {
+                "im2cluster": clustering.im2cluster.cpu(),  # (N,) int64
+                "prototypes": clustering.prototypes.cpu(),  # (K, C)
+                "concentration": clustering.concentration.cpu(),  # (K,)
+                "cosine": torch.cat(cosine),  # (n,) to the own prototype
+            }
+        )
     state = {
         "epoch": epoch,
         "classes": images.classes,
         "labels": torch.from_numpy(images.labels),  # (N,) int64
-        "seen": ids,
+        "seen": ids,  # (n,) int64
         "sample": ids[chosen],  # (S,) int64, sorted
         "features": features[torch.from_numpy(chosen).to(features.device)].cpu(),  # (S, C)
         "granularities": granularities,

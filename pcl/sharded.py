@@ -55,23 +55,25 @@ def cluster_all_sharded(
         track: is given the restarts and gives them back one by one, to show how far it is.
 
     Returns:
-        a clustering for each granularity, the same on every rank up to rounding, of all N images.
+        a clustering for each granularity, of all N images and the same on every rank. On a GPU, two runs agree up to
+        rounding.
 
     Raises:
         ValueError: more clusters than images, or features that are not finite.
     """
     if max(num_clusters) > num_images:
         raise ValueError(f"{max(num_clusters)} clusters of {num_images} images: ask for at most as many as there are")
-    if float(add_over_ranks((~features.isfinite()).sum().double())):
+    # A sum for each row is not finite if one of its features is not; no second copy is made of them.
+    if float(add_over_ranks((~features.sum(dim=1).isfinite()).sum().double())):
         raise ValueError("features are not finite")
     seeds = range(len(num_clusters)) if seeds is None else seeds
-    runs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
-    best: dict[int, tuple[float, Tensor]] = {}
-    for k, seed, restart in track(runs):
-        objective, centroids = kmeans_sharded(features, num_images, k, seed, restart, tf32)
-        if k not in best or objective < best[k][0]:  # of equal ones the first, as in faiss
-            best[k] = objective, centroids
-    return [describe_sharded(features, num_images, best[k][1], temperature, tf32) for k in num_clusters]
+    jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
+    best = []
+    for _ in num_clusters:
+        restarts = (next(runs) for _ in range(RESTARTS))
+        best.append(min(restarts, key=lambda run: run[0])[1])  # of equal ones the first, as in faiss
+    return [describe_sharded(features, num_images, centroids, temperature, tf32) for centroids in best]
 
 
 def kmeans_sharded(
@@ -88,7 +90,8 @@ def kmeans_sharded(
     Returns:
         the objective (sum of squared distances) and the raw centroids (K, C), on the device of `features`.
     """
-    # faiss's own choice of images to learn from and to start from, so that its restarts are repeated up to rounding.
+    # faiss's own choice of images to learn from and to start from: its restarts are repeated up to rounding, until a cluster
+    # runs empty and is filled by other random numbers.
     seen, start_seed = None, seed + restart * RESTART_SEED_STEP
     if num_images > MAX_POINTS * num_cluster:
         seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]

@@ -3,11 +3,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import ColorJitter, functional
 
 from pcl.augment import RECIPE, RecipeView, finish
-from pcl.loader import MEAN, STD, IndexedFolder, TwoViews, make_loader, normalize, read_tensor
+from pcl.loader import (
+    MEAN,
+    STD,
+    IndexedFolder,
+    TwoViews,
+    center_view,
+    make_loader,
+    normalize,
+    read_image,
+    read_tensor,
+)
 
 
 def photos(count=24, side=64):
@@ -132,6 +142,41 @@ def test_a_loader_gives_recipes_that_depend_on_seed_epoch_and_index_alone(image_
             assert (crop.shape, crop.dtype, recipe.shape) == ((5, 3, 32, 32), torch.uint8, (5, len(RECIPE)))
             assert torch.equal(crop, crop_too)
             assert torch.equal(recipe, recipe_too)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_views():
+    images, view = photos(), RecipeView(64, True)
+    recipe = torch.tensor([view.draw() for _ in images])
+    torch.testing.assert_close(finish(images.cuda(), recipe, True).cpu(), finish(images, recipe, True), rtol=0, atol=2e-2)
+    assert torch.equal(normalize(images.cuda()).cpu(), normalize(images))
+
+
+def test_the_blur_is_almost_pillow_s():
+    neutral = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    for image, radius in zip(photos(), np.linspace(0.1, 2, 24), strict=True):
+        neutral[0, -1] = radius
+        expected = functional.to_tensor(functional.to_pil_image(image).filter(ImageFilter.GaussianBlur(float(radius))))
+        difference = (finish(image[None], neutral, True)[0] * std + mean - expected).abs() * 255
+        assert float(difference.mean()) <= 2
+
+
+def test_a_center_crop_of_a_tensor_is_a_level_apart_at_most():
+    for image, size in zip(photos(side=90), (32, 40, 60), strict=False):
+        exact = center_view(size)(functional.to_pil_image(image))
+        assert int((center_view(size, tensors=True)(image).int() - exact.int()).abs().max()) <= 1
+
+
+def test_sixteen_bits_and_moving_pictures_are_read_as_usual(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (20, 30), np.uint16)).save(tmp_path / "deep.png")
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "moving.gif").rename(tmp_path / "moving.jpg")
+    for name in ("deep.png", "moving.jpg"):
+        image = read_tensor(tmp_path / name)
+        assert (image.shape, image.dtype) == ((3, 20, 30), torch.uint8)
+        assert torch.equal(image, functional.pil_to_tensor(read_image(tmp_path / name)))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tiff"])

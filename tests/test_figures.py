@@ -119,3 +119,18 @@ def test_a_folder_with_nothing_to_draw_is_an_error(tmp_path, capsys):
         run_script(figures, tmp_path)
     assert stop.value.code == 2
     assert "holds no log.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_in_its_first_epoch_has_no_curves_yet(six_classes, tmp_path):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
+    arguments, _ = figures.read_log(exp_dir / "log.jsonl")
+    records = [{"args": arguments}, {"epoch": 0, "features_seconds": 1.0, "kmeans_seconds": 0.1}]
+    (exp_dir / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert {path.stem for path in figures.draw(exp_dir)} == {"tsne", "concentration", "prototypes_3"}
+
+
+@pytest.mark.parametrize("features", [torch.ones(40, 4), torch.randn(40, 1)], ids=["collapsed", "one feature"])
+def test_features_without_two_directions_are_drawn(features):
+    last = {"features": features, "labels": torch.zeros(40, dtype=torch.long), "sample": torch.arange(40)}
+    figure = figures.tsne({**last, "classes": [], "granularities": [], "epoch": 0})
+    assert np.isfinite(figure.axes[0].collections[0].get_offsets()).all()

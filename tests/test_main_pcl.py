@@ -141,6 +141,20 @@ def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_share_what_is_clustered(image_folder, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "--nproc", "2", "--kmeans", "sharded")
+    last = load(tmp_path / "e_step.pth.tar")
+    assert last["seen"].tolist() == list(range(0, 25, 2))
+    for granularity in last["granularities"]:
+        assert len(granularity["im2cluster"]) == 25
+        assert len(granularity["cosine"]) == 13
+    looks = [r for r in records_of(tmp_path) if "monitor_seconds" in r]
+    assert [("knn_train" in r, "clusters_5/ami" in r) for r in looks] == [(True, False), (True, True), (True, True)]
+    assert (tmp_path / "figures" / "prototypes_5.png").exists()
+
+
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
     class Stop(Exception):  # noqa: N818
         pass
@@ -151,7 +165,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
         steps.append(args)
         if len(steps) == 3:
             raise Stop
-        step(*args)
+        return step(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(main_pcl, "m_step", m_step)
@@ -237,6 +251,8 @@ WRONG = {
     "another architecture": ("{images}", "--resume {checkpoint} -a resnet18", "give --arch shufflenet_v2_x0_5"),
     "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
     "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
+    "an option of another k-means": ("{images}", "--kmeans-tf32", "it is an option of --kmeans sharded"),
+    "pictures among the images": ("{flat}", "--exp-dir {flat}/run", "lies among the images"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
@@ -252,7 +268,8 @@ WRONG = {
 def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, finished, tmp_path, capsys, monkeypatch):
     data, options, message = wrong
     (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
-    places = {"images": image_folder, "empty": tmp_path / "empty", "run": finished}
+    shutil.copytree(image_folder / "train" / "a", tmp_path / "flat")
+    places = {"images": image_folder, "empty": tmp_path / "empty", "flat": tmp_path / "flat", "run": finished}
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
@@ -303,23 +320,38 @@ def test_the_defaults_are_the_published_ones():
     assert str(args["exp_dir"]) == "experiment_pcl"
 
 
+class WatchedLoader:
+    """Forbids the host to wait for the GPU from the third step on; DistributedDataParallel sets itself up in the first two."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for number, batch in enumerate(self.loader):
+            torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
+            yield batch
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", ["", "--augment-on device --amp bf16 --channels-last"])
 def test_a_training_step_never_waits_for_the_gpu(image_folder, tmp_path, monkeypatch, options):
     step = main_pcl.m_step
+    monkeypatch.setattr(main_pcl, "m_step", lambda model, loader, *rest: step(model, WatchedLoader(loader), *rest))
+    try:
+        run(image_folder, "--exp-dir", tmp_path, "-p", "99", "-b", "4", "--nproc", "1", *options.split())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
-    def watched(model, loader, *rest):
-        class Watched:
-            def __len__(self):
-                return len(loader)
 
-            def __iter__(self):
-                for number, batch in enumerate(loader):
-                    torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one sets things up
-                    yield batch
-                torch.cuda.set_sync_debug_mode("default")
-
-        step(model, Watched(), *rest)
-
-    monkeypatch.setattr(main_pcl, "m_step", watched)
-    run(image_folder, "--exp-dir", tmp_path, "-p", "99", "--nproc", "1", *options.split())
+@pytest.mark.gpu
+def test_reduced_precision_gives_almost_the_same_losses(image_folder, tmp_path):
+    losses = []
+    for options in ([], ["--amp", "bf16", "--channels-last"], ["--kmeans", "sharded"]):
+        run(image_folder, "--exp-dir", tmp_path / str(len(losses)), "--nproc", "1", *options)
+        losses.append([r["loss"] for r in records_of(tmp_path / str(len(losses))) if "seconds" in r])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.1)
+    assert losses[2] == pytest.approx(losses[0], rel=0.05)

@@ -107,3 +107,29 @@ def test_the_last_e_step_is_kept(images, tmp_path):
     (granularity,) = state["granularities"]
     slow = [float(f @ clustering.prototypes[c]) for f, c in zip(features, clustering.im2cluster, strict=True)]
     np.testing.assert_allclose(granularity["cosine"], slow, rtol=1e-5)
+
+
+def test_with_sharded_features_the_main_process_looks_at_its_own(images, record, tmp_path):
+    features = F.normalize(torch.randn(37, 4), dim=1)
+    clustering = clustering_of(np.arange(37) % 3, 3)
+    seen = range(1, 37, 2)
+    Monitor(images, None, 1, record).look(0, None, features[1::2], seen, [clustering])
+    assert last_record(tmp_path)["knn_train"] == leave_one_out_accuracy(features[1::2], torch.from_numpy(images.labels[1::2]))
+    keep_e_step(tmp_path, 0, features[1::2], seen, [clustering], images)
+    state = load(tmp_path / LAST_E_STEP)
+    assert state["seen"].tolist() == list(seen)
+    whole = (features * clustering.prototypes[clustering.im2cluster]).sum(dim=1)
+    torch.testing.assert_close(state["granularities"][0]["cosine"], whole[1::2])
+
+
+@pytest.mark.gpu
+def test_features_on_a_gpu_give_the_same_figures(images, record, tmp_path):
+    features = F.normalize(torch.randn(37, 4), dim=1)
+    clustering = clustering_of(np.arange(37) % 3, 3)
+    for device in ("cpu", "cuda"):
+        Monitor(images, None, 1, record).look(0, None, features.to(device), range(37), [clustering.to(device)])
+        keep_e_step(tmp_path, 0, features.to(device), range(37), [clustering.to(device)], images)
+    *_, on_cpu, on_gpu = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {k: v for k, v in on_gpu.items() if "time" not in k and "seconds" not in k} == pytest.approx(
+        {k: v for k, v in on_cpu.items() if "time" not in k and "seconds" not in k}
+    )

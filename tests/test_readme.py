@@ -43,6 +43,7 @@ def test_every_command_that_is_shown_parses(file):
 
 def test_every_target_link_and_picture_of_the_readme_is_there():
     text = (ROOT / "README.md").read_text()
+    assert not re.search(r"@[A-Z0-9]+@", text)  # a figure that is still to be measured
     targets = re.findall(r"(?:^ +|`)make (\w+)", text, flags=re.MULTILINE)
     assert {"demo", "test", "bench"} <= set(targets)
     for target in targets:

@@ -42,12 +42,29 @@ def test_clusterings_are_those_of_one_device():
         assert ours.prototypes.norm(dim=1).sub(1).abs().max() < 1e-5
 
 
-def test_an_empty_cluster_is_filled():
-    features = F.normalize(torch.eye(6).repeat(50, 1) + 1e-3 * torch.randn(300, 6), dim=1)
-    (clustering,) = cluster_all_sharded(features, 300, [40], 0.2)
-    assert len(clustering.im2cluster.unique()) > 30
+def crowded():
+    """280 copies of one row and 20 others: most of the centroids that are drawn are the same, and all but one run empty."""
+    return torch.cat([F.normalize(torch.ones(1, 6), dim=1).repeat(280, 1), unit_rows(20, 6)])
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_an_empty_cluster_is_filled(monkeypatch, filled):
+    if not filled:
+        monkeypatch.setattr(sharded, "reassign_centroids", lambda *_: 0)
+    (clustering,) = cluster_all_sharded(crowded(), 300, [15], 0.2)
+    used = len(clustering.im2cluster.unique())
+    assert used >= 10 if filled else used < 8
     assert clustering.concentration.isfinite().all()
     assert (clustering.concentration > 0).all()
+
+
+def test_equal_granularities_are_told_apart():
+    features = unit_rows(200, 8)
+    first, second = cluster_all_sharded(features, 200, [20, 20], 0.2, seeds=[0, 7])
+    for ours, seed in ((first, 0), (second, 7)):
+        (expected,) = cluster_all(features, [20], 0.2, seeds=[seed])
+        assert (ours.im2cluster == expected.im2cluster).float().mean() > 0.95
+    assert not torch.equal(first.im2cluster, second.im2cluster)
 
 
 @pytest.mark.parametrize("tile", [(7, 5), (64, 1000), (1000, 9)])
@@ -90,6 +107,15 @@ def test_two_ranks_cluster_as_one(two_ranks):
     raw = torch.stack([features[alone.im2cluster == c].mean(0) for c in range(15)])
     distance = (features - raw[alone.im2cluster]).norm(dim=1)
     torch.testing.assert_close(results[0]["phi"], concentration(distance, alone.im2cluster, 15, 0.2), rtol=0.02, atol=0.002)
+
+
+@pytest.mark.gpu
+def test_a_gpu_describes_the_same_clusters():
+    features = unit_rows(3000, 16)
+    ours, theirs = (cluster_all_sharded(rows, 3000, [30], 0.2)[0] for rows in (features.cuda(), features))
+    assert ours.prototypes.is_cuda
+    assert (ours.im2cluster.cpu() == theirs.im2cluster).float().mean() > 0.9
+    torch.testing.assert_close(ours.concentration.cpu().sort().values, theirs.concentration.sort().values, rtol=0.1, atol=0.02)
 
 
 @pytest.mark.gpu
