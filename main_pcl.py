@@ -84,7 +84,8 @@ def get_parser() -> cli.Parser:
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
     em.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
-                    help="super prunes the search, on the CPU; sharded leaves features on their rank, for very many images")
+                    help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
+                    "sharded leaves features on their rank, for very many images")
     em.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
     em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
                     help="look whether it learns after each E-step and every N epochs of warm-up; 0 never")
