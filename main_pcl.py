@@ -13,6 +13,7 @@ The cheapest run, a few minutes on two CPU cores after `make demo` has written i
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,17 @@ from pcl import checkpoint, cli
 from pcl.augment import RecipeView, finish
 from pcl.builder import MoCo, extract_share
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size, is_main, seed_everything, shared_map
+from pcl.distributed import (
+    RunError,
+    add_over_ranks,
+    available_cores,
+    gather_interleaved,
+    get_rank,
+    get_world_size,
+    is_main,
+    seed_everything,
+    shared_map,
+)
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -177,6 +188,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
         elif monitor.is_due(epoch):
             look_in_warm_up(model, center_loader, epoch, args, monitor)
         means = m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
+        check_loss(means, epoch, args)
         if epoch == args.start_epoch:
             tell_the_limit(means, args)
         if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
@@ -202,6 +214,8 @@ def e_step(
     """Cluster the momentum features of every training image at each granularity."""
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
     features, seen = momentum_features(model, loader, args, label)  # (N, C), or this rank's (n, C)
+    if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:  # 1 if all of these unit vectors are the same
+        log("warning: the features of all images are almost the same (collapsed); lower --lr, or see the README's settings")
     between = time.monotonic()
     show = partial(track_all, f"{label} k-means")
     if args.kmeans == "sharded":
@@ -230,6 +244,8 @@ def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace,
     with reduced_precision(args, model.queue.device):
         share = share_of_rank(num_images)
         features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
+    if int(add_over_ranks((~features.sum(dim=1).isfinite()).sum())):
+        raise RunError("features of images are not finite numbers: lower --lr, and go on from an earlier checkpoint")
     if args.kmeans == "sharded":
         return features, share
     return gather_interleaved(features, num_images), range(num_images)
@@ -286,6 +302,14 @@ def m_step(
         meters.add(loss=loss, **figures)
         progress.step(step, meters)
     return progress.close(meters, lr=lr)
+
+
+def check_loss(means: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
+    """Stop, on every rank, before weights that are not numbers are saved."""
+    if not math.isfinite(means["loss"]):
+        good = max(args.exp_dir.glob("checkpoint_*.pth.tar"), default=None)
+        remedy = f"lower --lr, and go on with --resume {good}" if good else "lower --lr, and start again"
+        raise RunError(f"the loss of epoch {epoch + 1} is {means['loss']}, at learning rate {means['lr']:g}; {remedy}")
 
 
 def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:

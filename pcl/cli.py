@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, trained_at
-from pcl.distributed import available_cores, launch, launched_outside, local_processes, total_processes
-from pcl.loader import IndexedFolder, UnreadableImageError, holds_images
+from pcl.distributed import RunError, available_cores, launch, launched_outside, local_processes, total_processes
+from pcl.loader import IndexedFolder, holds_images
 from pcl.logs import log
 
 
@@ -210,11 +210,11 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 def launch_or_exit(
     parser: Parser, worker: Callable[[torch.device, argparse.Namespace], None], args: argparse.Namespace
 ) -> None:
-    """`pcl.distributed.launch`; an image that cannot be read ends the run with its name and exit code 1."""
+    """`pcl.distributed.launch`; what ends the run is one line and exit code 1."""
     try:
         launch(worker, args)
-    except UnreadableImageError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}; mend or remove the file\n")
+    except RunError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 def integers(text: str) -> list[int]:

@@ -9,6 +9,9 @@ import heapq
 import os
 import random
 import socket
+import sys
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -23,6 +26,10 @@ from torch import Tensor
 # For what may take one rank hours while the others wait (k-means of ImageNet on a CPU): a rank that dies still ends
 # the wait at once, since its connections close.
 _patient_group: Any = None
+
+
+class RunError(Exception):
+    """What ends a run; the message is one line that names the remedy."""
 
 
 def launched_outside() -> bool:
@@ -45,9 +52,14 @@ def total_processes(args: Namespace) -> int:
 def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -> None:
     """Run `worker(device, args)` in every process of the group, each with its rank, device and seed set.
 
-    One process runs here; several are spawned; under an outside launcher this process joins the others.
+    One process runs here; several are spawned, and end with this one; under an outside launcher this process joins the
+    others.
+
     Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend`, `seed` (None: drawn at random) and
     `deterministic` (on a GPU: slower algorithms that repeat to the bit).
+
+    Raises:
+        RunError: from the worker, or because a process was killed. Of several processes, the one that raised has told.
     """
     nproc = local_processes(args)
     if launched_outside():
@@ -58,7 +70,29 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
         if nproc == 1:
             _join(0, worker, args, nproc)
         else:
-            mp.spawn(_join, (worker, args, nproc), nprocs=nproc)
+            try:
+                mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc)
+            except mp.ProcessExitedException as error:
+                if error.signal_name:
+                    how = f"was ended by {error.signal_name}"
+                    raise RunError(f"process {error.error_index} {how}; the others were stopped") from None
+                raise SystemExit(1) from None  # the process has told why
+
+
+def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    try:
+        _join(local_rank, worker, args, nproc)
+    except RunError as error:
+        print(f"error in process {local_rank}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _end_with(launcher: int) -> None:
+    """End this process within seconds of its launcher, however that ended."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int) -> None:

@@ -104,7 +104,8 @@ def read_results(paths: Sequence[Path]) -> tuple[dict[str, dict], dict[str, dict
             continue
         source = result["checkpoint"]
         names = {"none": "raw pixels", "random": f"random {source['arch']}"}
-        name = names.get(source["weights"]) or f"{source['arch']}, {'/'.join(Path(source['weights']).parts[-2:])}"
+        file = Path(source["weights"])
+        name = names.get(source["weights"]) or f"{source['arch']}, {file.parent.name}/{file.name.partition('.')[0]}"
         name += f", {result['settings']['image_size']} pixels"
         for kind, found in (("full", full), ("low_shot", low_shot)):
             if kind in result:
@@ -329,7 +330,7 @@ def ap_per_class(full: dict[str, dict]) -> Figure:
     axes = figure.subplots()
     for (name, result), color, marker in zip(full.items(), COLORS * 9, MARKERS * 9, strict=False):
         points = [100 * result["ap"][c] if c in result["ap"] else np.nan for c in classes]
-        axes.plot(points, range(len(classes)), marker, color=color, label=f"{plain(name, 60)}: mAP {100 * result['map']:.1f}")
+        axes.plot(points, range(len(classes)), marker, color=color, label=f"{plain(name, 80)}: mAP {100 * result['map']:.1f}")
     axes.set_yticks(range(len(classes)), [plain(name) for name in classes])
     axes.set(title="Linear SVMs with all labels", xlabel="average precision (%)", xlim=(0, 100))
     axes.grid(alpha=0.3)
@@ -345,7 +346,7 @@ def low_shot_curves(low_shot: dict[str, dict]) -> Figure:
     for (name, result), color, marker, style in zip(low_shot.items(), COLORS * 9, MARKERS * 9, STYLES * 18, strict=False):
         shots = sorted(map(int, result))
         mean, std = (np.array([100 * result[str(k)][figure_name] for k in shots]) for figure_name in ("mean", "std"))
-        axes.plot(shots, mean, style, marker=marker, color=color, label=plain(name, 60))
+        axes.plot(shots, mean, style, marker=marker, color=color, label=plain(name, 80))
         axes.fill_between(shots, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, map(str, shots))

@@ -25,13 +25,13 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from pcl.distributed import derive_seed, get_rank, get_world_size
+from pcl.distributed import RunError, derive_seed, get_rank, get_world_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
 
 
-class UnreadableImageError(OSError):
+class UnreadableImageError(RunError, OSError):
     """An image file that cannot be decoded; the message names it."""
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise errors of many kinds, the same remedy for all
-        raise UnreadableImageError(f"cannot read the image {path}: {error}") from error
+        raise UnreadableImageError(f"cannot read the image {path}: {error}; mend or remove the file") from error
 
 
 def read_tensor(path: str | Path) -> Tensor:

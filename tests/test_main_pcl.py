@@ -1,8 +1,11 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +194,70 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith(f"main_pcl.py: error: cannot read the image {tmp_path}/images/train/a/07.png")
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_of_two_processes_the_one_that_fails_tells_why(image_folder, tmp_path, capfd):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "train" / "a" / "07.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "images", "--exp-dir", tmp_path / "new", "--nproc", 2)
+    assert stop.value.code == 1
+    err = capfd.readouterr().err
+    assert "a/07.png" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", tmp_path, "--lr", "1e30", "--save-freq", 1)
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"main_pcl.py: error: .*(loss of epoch \d is|not finite).*lower --lr.*\n", err)
+    for path in tmp_path.glob("checkpoint_*"):
+        assert all(value.isfinite().all() for value in load(path)["state_dict"].values())
+
+
+@pytest.mark.slow
+def test_collapsed_features_are_warned_of(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main_pcl, "extract_share", lambda network, loader, count, device: torch.eye(16)[:1].repeat(count, 1))
+    run(image_folder, "--exp-dir", tmp_path, "--epochs", 2)
+    out = capsys.readouterr().out
+    assert out.count("warning: the features of all images are almost the same") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_killing_the_launcher_ends_its_processes(image_folder, tmp_path):
+    command = [sys.executable, "main_pcl.py", *TINY.split(), "--epochs", "1000", "--nproc", "2", str(image_folder)]
+    with (tmp_path / "out").open("w") as out:
+        launcher = subprocess.Popen([*command, "--exp-dir", str(tmp_path / "run")], cwd=ROOT, stdout=out, stderr=out)
+    try:
+        wait_until(lambda: "epoch 1/1000" in (tmp_path / "out").read_text(), 120)
+        children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+        assert len(children) >= 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not any(running(pid) for pid in children), 20)
+
+
+def running(pid):
+    """Whether there is such a process, and it has not ended (a dead one stays listed until somebody asks for its result)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(holds, seconds):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
