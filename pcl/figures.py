@@ -147,7 +147,7 @@ def training_curves(epochs: dict[int, dict[str, float]], arguments: dict[str, An
     panels = [panel for panel in panels if found & panel[-1].keys()]  # without labels there are fewer
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
-    images = "/".join(Path(arguments.get("images", "its images")).parts[-3:])
+    images = "/".join(Path(arguments.get("images", "its images")).parts[-3:]).replace("//", "/")
     figure.suptitle(plain(f"Training of {arguments.get('arch', 'the encoder')} on {images}", 99))
     warmup = int(arguments.get("warmup_epoch", 0))
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
@@ -276,7 +276,7 @@ def tsne(last: dict[str, Any]) -> Figure:
     count, total = len(features), len(last["labels"])
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
-    title = f"t-SNE of the momentum features of {count:,} of {total:,} images, before epoch {last['epoch'] + 1}"
+    title = f"t-SNE of the momentum features before epoch {last['epoch'] + 1}\n({count:,} of {total:,} images)"
     if count > 2:
         init = "pca" if features.shape[1] > 1 and features.std(axis=0).max() > 1e-6 else "random"
         place = TSNE(perplexity=min(30, (count - 1) / 3), init=init, random_state=0).fit_transform(features)
