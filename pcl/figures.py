@@ -264,7 +264,8 @@ def tsne(last: dict[str, Any]) -> Figure:
     """
     from sklearn.manifold import TSNE  # slow to import
 
-    features, group, names, shown = last["features"].numpy(), last["labels"], last["classes"], np.arange(0)  # (S, C), (N,)
+    features, group, names = last["features"].numpy(), last["labels"], last["classes"]  # (S, C), (N,)
+    shown: np.ndarray = np.arange(0)
     kind = "class"
     if len(names) > 1:
         shown = np.unique(np.linspace(0, len(names) - 1, len(COLORS)).astype(int))
@@ -313,7 +314,7 @@ def concentration_against_size(last: dict[str, Any], arguments: dict[str, Any]) 
         axes.scatter(size, phi, 12, color=COLORS[0], alpha=alpha, linewidths=0, rasterized=True)
         axes.axhline(float(phi.mean()), color=COLORS[1], ls="--", lw=1, label=f"mean {phi.mean():.3g}, the temperature")
         axes.set(title=f"K = {len(phi):,}", xlabel="images in the cluster")
-        if size.max() > 20 * max(np.median(size), 1):
+        if size.max() > 20 * max(float(np.median(size)), 1.0):
             axes.set_xscale("symlog", linthresh=10)
         axes.xaxis.get_major_locator().set_params(**({"integer": True} if axes.get_xscale() == "linear" else {}))
         axes.grid(alpha=0.3)
