@@ -58,7 +58,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
         last = checkpoint.load(exp_dir / LAST_E_STEP)
         pictures["tsne"] = tsne(last)
         if last["granularities"]:
-            pictures["concentration"] = concentration_against_size(last, arguments)
+            pictures["concentration"] = concentration_against_size(last)
             images = training_images(arguments, last)
             if images:
                 for granularity in last["granularities"]:
@@ -300,7 +300,7 @@ def tsne(last: dict[str, Any]) -> Figure:
     return figure
 
 
-def concentration_against_size(last: dict[str, Any], arguments: dict[str, Any]) -> Figure:
+def concentration_against_size(last: dict[str, Any]) -> Figure:
     """Each cluster's concentration by the number of its images, one panel for each granularity."""
     granularities = last["granularities"]
     figure = Figure(figsize=(1 + 4 * len(granularities), 4.5), layout="constrained")
