@@ -13,8 +13,8 @@ The cheapest run, a few minutes on two CPU cores after `make demo` has written i
 from __future__ import annotations
 
 import argparse
-import math
 import time
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ from pcl.distributed import (
     RunError,
     add_over_ranks,
     available_cores,
+    exit_stopped,
     gather_interleaved,
     get_rank,
     get_world_size,
+    guarded,
     is_main,
     seed_everything,
     shared_map,
+    should_stop,
+    was_stopped,
 )
 from pcl.loader import (
     EpochSampler,
@@ -104,7 +108,13 @@ def get_parser() -> cli.Parser:
     files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR",
                        help="checkpoints, log.jsonl, TensorBoard's files and figures")
     files.add_argument("--save-freq", type=cli.positive, default=5, metavar="N",
-                       help="epochs between two checkpoints; the last epoch is always saved")
+                       help="epochs between two checkpoints that are kept; the last epoch is always kept")
+    files.add_argument("--save-steps", type=cli.natural, default=1000, metavar="N",
+                       help=f"steps between two saves into {checkpoint.LAST}, which is rewritten after each epoch too; 0 none")
+    files.add_argument("--keep", type=cli.natural, default=0, metavar="N",
+                       help="remove kept checkpoints but for the newest N; 0 keeps all")
+    files.add_argument("--keep-every", type=cli.natural, default=0, metavar="N",
+                       help="with --keep, spare those of every N-th epoch")
     # fmt: on
     return parser
 
@@ -113,6 +123,9 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     check(parser, args)
+    if args.start_epoch >= args.epochs:
+        log(f"nothing is left to do: {args.resume} has all of its {args.epochs} epochs")
+        return
     cli.launch_or_exit(parser, train, args)
 
 
@@ -135,18 +148,22 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}")
     if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--cos and --schedule exclude each other; leave one out")
+    automatic = args.resume == "auto"
+    if automatic:
+        args.resume = str(checkpoint.newest(args.exp_dir) or "")
     if args.resume:
         try:
             state = checkpoint.load_for_resume(args.resume, make_model(args), args.arch, map_location="meta")
         except checkpoint.CheckpointError as error:
             parser.error(f"--resume: {error}")
-        if state["epoch"] >= args.epochs:
+        args.start_epoch = state["epoch"]
+        if args.start_epoch >= args.epochs and not automatic:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
             args.seed, args.deterministic = state.get("seed"), state.get("deterministic", False)
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    elif args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
+    elif not automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
     if not images.classes and args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
@@ -170,11 +187,12 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     model = make_model(args).to(device, memory_format=memory_format(args))
     parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     optimizer = torch.optim.SGD(parallel.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
+    begun = Begun()
     if args.resume:
         state = checkpoint.load_for_resume(args.resume, model, args.arch)
         parallel.load_state_dict(state["state_dict"])
         optimizer.load_state_dict(state["optimizer"])
-        args.start_epoch = state["epoch"]
+        begun = Begun.of_checkpoint(state, len(train_set), device, args)
         del state  # as large as the model
     introduce(args, train_set, len(train_loader), device, record)
     monitor = Monitor(train_set, val_loader(args, len(train_set)), args.monitor_freq, record)
@@ -182,19 +200,48 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     for epoch in range(args.start_epoch, args.epochs):
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
-        clusterings: list[Clustering] = []
-        if epoch >= args.warmup_epoch:
-            clusterings = e_step(model, center_loader, epoch, args, record, monitor)
-        elif monitor.is_due(epoch):
-            look_in_warm_up(model, center_loader, epoch, args, monitor)
-        means = m_step(parallel, train_loader, optimizer, clusterings, epoch, args, record)
-        check_loss(means, epoch, args)
+        if begun.steps == 0:
+            begun = Begun()
+            if epoch >= args.warmup_epoch:
+                begun.clusterings = e_step(model, center_loader, epoch, args, record, monitor)
+            elif monitor.is_due(epoch):
+                look_in_warm_up(model, center_loader, epoch, args, monitor)
+        with guarded():
+            means = m_step(parallel, train_loader, optimizer, begun, epoch, args, record)
+            save(parallel, optimizer, args, epoch + 1)
+            if was_stopped() and epoch + 1 < args.epochs:
+                exit_stopped()
+        begun = Begun()
         if epoch == args.start_epoch:
             tell_the_limit(means, args)
-        if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
-            save(parallel, optimizer, epoch, args)
     if is_main():
         draw_pictures(args.exp_dir)
+
+
+@dataclass
+class Begun:
+    """What is done of an epoch: nothing yet, its E-step, or some steps of its M-step too."""
+
+    steps: int = 0
+    clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
+    meters: Meters = field(default_factory=Meters)
+
+    @classmethod
+    def of_checkpoint(cls, state: dict[str, Any], num_images: int, device: torch.device, args: argparse.Namespace) -> Begun:
+        """Of the epoch to go on with; nothing if it cannot be finished with these images and options."""
+        if not state.get("steps"):
+            return cls()
+        if state["terms"] != terms_of_epoch(num_images, args):
+            log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
+            return cls()
+        clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
+        return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device))
+
+
+def terms_of_epoch(num_images: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for an epoch to be finished by another run than began it."""
+    batch, clusters = cli.global_batch(args), args.num_cluster if args.warmup_epoch < args.epochs else []
+    return {"images": num_images, "batch": batch, "seed": args.seed, "clusters": clusters, "warm_up": args.warmup_epoch}
 
 
 def draw_pictures(exp_dir: Path) -> None:
@@ -245,7 +292,7 @@ def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace,
         share = share_of_rank(num_images)
         features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
     if int(add_over_ranks((~features.sum(dim=1).isfinite()).sum())):
-        raise RunError("features of images are not finite numbers: lower --lr, and go on from an earlier checkpoint")
+        raise RunError(f"{label}: features of images are not finite numbers, {remedy(args.lr, args)}")
     if args.kmeans == "sharded":
         return features, share
     return gather_interleaved(features, num_images), range(num_images)
@@ -268,20 +315,20 @@ def m_step(
     model: DistributedDataParallel,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
-    clusterings: list[Clustering],
+    begun: Begun,
     epoch: int,
     args: argparse.Namespace,
     record: RunLog,
 ) -> dict[str, float]:
-    """One epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up; the means of its figures."""
+    """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from what is begun; the means of its figures."""
     lr = cli.set_learning_rate(optimizer, args, epoch)
     model.train()
-    device = model.module.queue.device
-    meters = Meters()
-    progress = StepProgress(
-        f"epoch {epoch + 1}/{args.epochs}", len(loader), cli.global_batch(args), args.print_freq, record, epoch
-    )
+    device, clusterings, meters = model.module.queue.device, begun.clusterings, begun.meters
+    loader.sampler.skip = begun.steps * loader.batch_size
+    label, images = f"epoch {epoch + 1}/{args.epochs}", cli.global_batch(args)
+    progress = StepProgress(label, len(loader), images, args.print_freq, record, epoch, begun.steps)
     for step, (views, index) in progress.batches(loader):
+        seed_everything(args.seed + get_rank(), epoch, step)  # nothing else is needed to go on in the middle of an epoch
         im_q, im_k = (images_of(view, device, args) for view in views)  # (B, 3, H, W) each
         index = index.to(device, non_blocking=True)
         with reduced_precision(args, device):
@@ -301,15 +348,26 @@ def m_step(
 
         meters.add(loss=loss, **figures)
         progress.step(step, meters)
+        begun.steps, stop = step, should_stop()
+        if step < len(loader) and (stop or (args.save_steps and step % args.save_steps == 0)):
+            check_loss(meters, epoch, lr, args)
+            save(model, optimizer, args, epoch, begun, len(loader.dataset))
+            if stop:
+                exit_stopped()
+    check_loss(meters, epoch, lr, args)
     return progress.close(meters, lr=lr)
 
 
-def check_loss(means: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
-    """Stop, on every rank, before weights that are not numbers are saved."""
-    if not math.isfinite(means["loss"]):
-        good = max(args.exp_dir.glob("checkpoint_*.pth.tar"), default=None)
-        remedy = f"lower --lr, and go on with --resume {good}" if good else "lower --lr, and start again"
-        raise RunError(f"the loss of epoch {epoch + 1} is {means['loss']}, at learning rate {means['lr']:g}; {remedy}")
+def check_loss(meters: Meters, epoch: int, lr: float, args: argparse.Namespace) -> None:
+    """Stop before weights that are not numbers are saved."""
+    if is_main() and (step := int(meters.finite_steps) + 1) <= meters.steps:
+        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(lr, args)}")
+
+
+def remedy(lr: float, args: argparse.Namespace) -> str:
+    """What to do about numbers that are not finite."""
+    good = checkpoint.newest(args.exp_dir)
+    return f"at learning rate {lr:g}; lower --lr, and {f'go on with --resume {good}' if good else 'start again'}"
 
 
 def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
@@ -355,12 +413,28 @@ def make_model(args: argparse.Namespace) -> MoCo:
     return MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
 
 
-def save(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
-    """Write the checkpoint of a finished epoch, in the published form with what a resumed run needs besides."""
+def save(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    epoch: int,
+    begun: Begun | None = None,
+    num_images: int = 0,
+) -> None:
+    """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
+
+    Args:
+        epoch: the one to go on with, as published.
+        begun: what is done of it; its steps are never 0.
+        num_images: N, where it is begun.
+    """
+    meters = begun.meters.state_over_ranks() if begun else {}
     if not is_main():
         return
+    if not all(bool(value.isfinite().all()) for value in model.parameters()):
+        raise RunError(f"weights are not finite numbers after epoch {epoch}, {remedy(optimizer.param_groups[0]['lr'], args)}")
     state = {
-        "epoch": epoch + 1,  # as published: the epoch to go on with
+        "epoch": epoch,
         "arch": args.arch,
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -368,7 +442,17 @@ def save(model: DistributedDataParallel, optimizer: torch.optim.Optimizer, epoch
         "deterministic": args.deterministic,
         "args": {name: str(value) for name, value in vars(args).items()},
     }
-    checkpoint.save(args.exp_dir / f"checkpoint_{epoch:04d}.pth.tar", state)
+    last = args.exp_dir / checkpoint.LAST
+    if begun:
+        clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in begun.clusterings]
+        terms = terms_of_epoch(num_images, args)
+        checkpoint.save(last, state | {"steps": begun.steps, "clusterings": clusterings, "meters": meters, "terms": terms})
+    elif epoch % args.save_freq == 0 or epoch == args.epochs:
+        checkpoint.save(args.exp_dir / f"checkpoint_{epoch - 1:04d}.pth.tar", state)
+        last.unlink(missing_ok=True)
+        checkpoint.prune(args.exp_dir, args.keep, args.keep_every)
+    else:
+        checkpoint.save(last, state)
 
 
 def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:

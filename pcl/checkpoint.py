@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,73 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from pcl.distributed import RunError
+
+NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
+LAST = "checkpoint_last.pth.tar"
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of something else; the message names it and what is wrong."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path` such that, whenever the machine stops, the old file or the new one is there, whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    """Write `state` to `path` such that, whenever the machine stops, the old file or the new one is there, whole.
+
+    Raises:
+        RunError: a full disk, a read-only folder; the old file is untouched.
+    """
+    part = path.with_name(f".{path.name}.part")  # what a killed process leaves is overwritten the next time
+    try:
+        with part.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        # torch tells of a full disk by a RuntimeError of its own, raised while the one of the disk is handled.
+        if isinstance(error, OSError | RuntimeError):
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            raise RunError(f"{path} cannot be written: {reason}; what was saved before is whole") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make sure that a renamed file keeps its new name if the power fails."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in a run's folder from which least is to be done; None without any.
+
+    One that cannot be opened is told of and passed over.
+    """
+    found = []
+    for path in folder.glob(NAMES):
+        try:
+            state = load(path, map_location="meta")
+        except CheckpointError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        if isinstance(state.get("epoch"), int):
+            found.append((state["epoch"], state.get("steps", 0), path))
+    return max(found)[2] if found else None
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove the numbered checkpoints of a run but for the `keep` newest (0: all), and those of each `keep_every`-th epoch."""
+    numbered = sorted((int(match[1]), path) for path in folder.glob(NAMES) if (match := re.search(r"_(\d+)\.pth", path.name)))
+    for epoch, path in numbered[:-keep] if keep else []:
+        if not keep_every or (epoch + 1) % keep_every:
+            path.unlink()
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

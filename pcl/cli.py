@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ def add_training_arguments(
         "--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD", help="weight decay"
     )
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
-    group.add_argument("--resume", default="", metavar="PATH", help="go on from this checkpoint")
+    group.add_argument("--resume", default="", metavar="PATH",
+                       help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
     # fmt: on
 
 
@@ -71,6 +73,8 @@ def add_launch_arguments(parser: Parser) -> None:
     group.add_argument("--dist-url", metavar="URL",
                        help="tcp://HOST:PORT of node 0, the same on every node; one node finds a free port")
     group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
+    group.add_argument("--dist-timeout", type=positive_float, default=1800.0, metavar="SECONDS",
+                       help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
     group.add_argument("--seed", type=seed, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
@@ -147,8 +151,17 @@ def check_launch(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
     if args.world_size > 1 and not args.dist_url:
         parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
-    if args.dist_url and not args.dist_url.startswith("tcp://"):
+    if args.dist_url and not is_address(args.dist_url):
         parser.error(f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0")
+
+
+def is_address(url: str) -> bool:
+    """Whether it is tcp://HOST:PORT."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:
+        return False
 
 
 def check_batch(parser: Parser, args: argparse.Namespace) -> None:

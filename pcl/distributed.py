@@ -8,14 +8,19 @@ from __future__ import annotations
 import heapq
 import os
 import random
+import re
+import signal
 import socket
 import sys
-import threading
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from datetime import timedelta
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -23,9 +28,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
+
 # For what may take one rank hours while the others wait (k-means of ImageNet on a CPU): a rank that dies still ends
 # the wait at once, since its connections close.
 _patient_group: Any = None
+_watch: Watch | None = None
 
 
 class RunError(Exception):
@@ -55,66 +63,199 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
     One process runs here; several are spawned, and end with this one; under an outside launcher this process joins the
     others.
 
-    Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend`, `seed` (None: drawn at random) and
-    `deterministic` (on a GPU: slower algorithms that repeat to the bit).
+    Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend`, `dist_timeout` (seconds), `seed` (None: drawn
+    at random) and `deterministic` (on a GPU: slower algorithms that repeat to the bit).
 
     Raises:
-        RunError: from the worker, or because a process was killed. Of several processes, the one that raised has told.
+        RunError: from the worker, because a process was killed, or because the processes did not find each other. Of several
+            processes, the one that raised has told.
+        SystemExit: of code PREEMPTED or INTERRUPTED after a signal that asked to stop, of 1 after an error that was told.
     """
     nproc = local_processes(args)
     if launched_outside():
         args.dist_url = "env://"
         _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc)
+        return
+    args.dist_url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
+    if nproc == 1:
+        _join(0, worker, args, nproc)
     else:
-        args.dist_url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
-        if nproc == 1:
-            _join(0, worker, args, nproc)
-        else:
-            try:
-                mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc)
-            except mp.ProcessExitedException as error:
-                if error.signal_name:
-                    how = f"was ended by {error.signal_name}"
-                    raise RunError(f"process {error.error_index} {how}; the others were stopped") from None
-                raise SystemExit(1) from None  # the process has told why
+        _spawn(worker, args, nproc)
+
+
+def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
+    """Start the processes of this node, pass signals on to them, and end them all if one ends badly."""
+    processes: list[Any] = []
+    interrupted = 0.0
+
+    def pass_on(number: int, _: Any) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT:
+            if interrupted and time.monotonic() - interrupted > 1:
+                for process in processes:
+                    process.kill()
+            interrupted = interrupted or time.monotonic()
+        for process in processes:
+            if process.is_alive():
+                # Ctrl-C reaches the processes of a terminal too, which ignore it.
+                os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: no traceback from a process that is still importing
+        processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, pass_on)
+        codes = _await(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for local_rank, code in enumerate(codes):
+        if code < 0:
+            raise RunError(f"process {local_rank} was ended by {signal.Signals(-code).name}; the others were stopped")
+    worst = max(codes, key=lambda code: (code not in (0, PREEMPTED), code))
+    if worst:
+        raise SystemExit(INTERRUPTED if interrupted and worst == PREEMPTED else worst)
+
+
+def _await(processes: Sequence[Any]) -> list[int]:
+    """The exit codes of processes, of which the others are stopped a while after one ended badly (their own code is 0 then)."""
+    deadline, stopped = None, []
+    while alive := [process for process in processes if process.is_alive()]:
+        wait([process.sentinel for process in alive], timeout=1)
+        bad = [process.exitcode for process in processes if process.exitcode]
+        if bad and deadline is None:
+            # Time to learn of it, and to save where they were asked to stop.
+            deadline = time.monotonic() + (GRACE + 10 if bad[0] == PREEMPTED else 10)
+        if deadline is not None and time.monotonic() > deadline:
+            stopped = alive
+            for process in alive:
+                process.kill()
+                process.join()
+    return [0 if process in stopped else process.exitcode for process in processes]
 
 
 def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
-    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
     try:
-        _join(local_rank, worker, args, nproc)
+        _join(local_rank, worker, args, nproc, launcher)
     except RunError as error:
         print(f"error in process {local_rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
 
 
-def _end_with(launcher: int) -> None:
-    """End this process within seconds of its launcher, however that ended."""
-    while os.getppid() == launcher:
-        time.sleep(1)
-    os._exit(1)
+def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int | None = None) -> None:
+    """Run the worker in this process, as one of the group, watched."""
+    global _watch
+    with closing(Watch(launcher)) as _watch:
+        try:
+            _join_group(local_rank, args, nproc)
+            worker(torch.device(_device(local_rank, args)), args)
+            wait_for_main()
+        except Exception as error:
+            if _watch.asked:  # the others have left
+                _watch.leave()
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+                _watch.wait_for_reason()
+            _watch.tell_failure(str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
+            raise
+    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
 
 
-def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int) -> None:
+def _device(local_rank: int, args: Namespace) -> str:
+    return f"cuda:{local_rank if args.gpu is None else args.gpu}" if torch.cuda.is_available() else "cpu"
+
+
+def _join_group(local_rank: int, args: Namespace, nproc: int) -> None:
     global _patient_group
-    rank = int(os.environ["RANK"]) if launched_outside() else args.rank * nproc + local_rank
+    rank, world = args.rank * nproc + local_rank, total_processes(args)
+    if launched_outside():
+        rank = int(os.environ["RANK"])
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank if args.gpu is None else args.gpu) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(_device(local_rank, args))
     if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cores() // nproc))
     # Numbers on the CPU (seeds, figures of the log) travel by gloo, also where tensors on GPUs travel by NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu and args.dist_backend == "nccl" else "gloo"
-    dist.init_process_group(backend, init_method=args.dist_url, rank=rank, world_size=total_processes(args))
+    timeout = timedelta(seconds=args.dist_timeout)
+    store, address = _meet(args, rank, world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    assert _watch
+    _watch.join(_patient_group, address, node=int(os.environ.get("GROUP_RANK", args.rank)))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
     chosen = [random.SystemRandom().randrange(2**31) if args.seed is None else args.seed]
     dist.broadcast_object_list(chosen, group=_patient_group)
     args.seed = chosen[0]
     seed_everything(args.seed + rank)  # a spawned process does not inherit its parent's seed
-    worker(device, args)
-    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
+
+
+def _meet(args: Namespace, rank: int, world: int) -> tuple[dist.Store, tuple[str, int]]:
+    """The store by which the processes find each other, and its address.
+
+    Raises:
+        RunError: the port is in use, or not all came in time.
+    """
+    if launched_outside():
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    else:
+        url = urlsplit(args.dist_url)
+        host, port = str(url.hostname), int(url.port or 0)
+    end = time.monotonic() + args.dist_timeout
+    try:
+        if rank > 0:
+            _wait_for_server(host, port, end)  # torch's own waiting fills pages with warnings
+        left = timedelta(seconds=max(1.0, end - time.monotonic()))
+        return next(dist.rendezvous(args.dist_url, rank, world, timeout=left))[0], (host, port)
+    except (OSError, dist.DistError) as error:
+        where, seconds = f"--dist-url tcp://{host}:{port}", f"within {args.dist_timeout:g} s (--dist-timeout)"
+        if "EADDRINUSE" in str(error):
+            raise RunError(f"{where}: the port is in use; name another one") from None
+        if rank > 0:
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"{where}: process 0 did not answer {seconds}: {reason}; is node 0 running, and is it there?"
+            ) from None
+        joined = re.search(r"(\d+)/\d+ clients joined", str(error))
+        came = f"{joined[1]} of {world} processes came" if joined else str(error).splitlines()[0]
+        raise RunError(
+            f"{where}: {came} {seconds}; start every node with this URL and --world-size {args.world_size}"
+        ) from None
+
+
+def _wait_for_server(host: str, port: int, end: float) -> None:
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, end - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def guarded() -> Any:
+    """`pcl.watch.Watch.guarded` of this process's watch: what is inside is finished and saved where a signal asks to stop."""
+    return _watch.guarded() if _watch else nullcontext()
+
+
+def should_stop() -> bool:
+    """`pcl.watch.Watch.should_stop`: asked after each step, by all."""
+    return _watch.should_stop() if _watch and dist.is_initialized() else False
+
+
+def was_stopped() -> bool:
+    """Whether this was so at the last step of an epoch."""
+    return _watch.forget_question() if _watch else False
+
+
+def exit_stopped() -> NoReturn:
+    """End a run that was asked to stop and has saved."""
+    raise SystemExit(_watch.exit_code if _watch else PREEMPTED)
 
 
 def seed_everything(*key: int) -> None:

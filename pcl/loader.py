@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from pcl.distributed import RunError, derive_seed, get_rank, get_world_size
+from pcl.watch import SIGNALS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
@@ -212,14 +216,17 @@ def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 class EpochSampler(DistributedSampler):
     """This rank's share of an epoch's permutation, as (epoch, index), so that workers that live on know the epoch.
 
-    Where the ranks do not divide the images, the last few sit the epoch out rather than count twice.
+    Where the ranks do not divide the images, the last few sit the epoch out rather than count twice. The first `skip` of
+    this rank's images are left out, for a run that goes on in the middle of an epoch.
     """
+
+    skip = 0
 
     def __init__(self, dataset: IndexedFolder, seed: int) -> None:
         super().__init__(dataset, get_world_size(), get_rank(), shuffle=True, seed=derive_seed(seed), drop_last=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        return ((self.epoch, index) for index in super().__iter__())
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
 
 
 def share_of_rank(num_images: int) -> range:
@@ -240,4 +247,20 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Have a loader's worker outlive a signal that reaches all, so that its process can finish the step and save."""
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_if_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_if_told_by(parent: int) -> None:
+    """End this process on a SIGTERM from its parent, which ends its workers so."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

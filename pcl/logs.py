@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pcl.distributed import available_cores, get_world_size, is_main, mean_over_ranks
+from pcl.distributed import RunError, available_cores, get_world_size, is_main, mean_over_ranks
 
 
 def log(message: str) -> None:
@@ -35,12 +37,22 @@ class Meters:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
+        self.finite_steps: Tensor | int = 0
+
+    @classmethod
+    def go_on(cls, state: dict[str, Any], device: torch.device) -> Meters:
+        """The meters of which `state_over_ranks` told."""
+        meters = cls()
+        meters.steps = meters.finite_steps = state["steps"]
+        meters.sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["sums"].items()}
+        return meters
 
     def add(self, **figures: Tensor) -> None:
         """Add a scalar for each name, the same names at each step."""
+        figures = {name: figure.detach().double() for name, figure in figures.items()}
         for name, figure in figures.items():
-            figure = figure.detach().double()
             self.sums[name] = self.sums[name] + figure if name in self.sums else figure
+        self.finite_steps = self.finite_steps + torch.stack(list(figures.values())).isfinite().all()
         self.steps += 1
 
     def means(self) -> dict[str, float]:
@@ -54,9 +66,38 @@ class Meters:
         means = self.means()
         return dict(zip(means, mean_over_ranks(list(means.values())), strict=True))
 
+    def state_over_ranks(self) -> dict[str, Any]:
+        """Plain numbers from which `go_on` continues; every rank must call it."""
+        sums = {name: mean * self.steps for name, mean in self.means_over_ranks().items()}
+        return {"steps": self.steps, "sums": sums}
+
+
+def claim(folder: Path, patience: float = 15) -> Any:
+    """Keep other runs out of an experiment's folder for as long as the returned file is open and this process lives.
+
+    The lock of a process that was killed is gone with it; `patience` seconds are given to one that is about to end.
+
+    Raises:
+        RunError: another run has it.
+    """
+    file, end = (folder / ".lock").open("a"), time.monotonic() + patience
+    while True:
+        try:
+            # A lock of the process alone: the forked workers of a loader, which may outlive it by seconds, have no part in it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a file system without locks
+            if time.monotonic() > end:
+                raise RunError(f"another run is writing into {folder}; wait for its end, or name another folder") from None
+            time.sleep(0.2)
+
 
 class RunLog:
     """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and arguments.
+
+    No second run can have a log in the same folder meanwhile.
 
     Args:
         folder: made if need be.
@@ -68,6 +109,7 @@ class RunLog:
         self.path, self.board = folder / "log.jsonl", board
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = claim(folder)
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
 
     def write(self, **record: Any) -> None:
@@ -132,18 +174,21 @@ class StepProgress:
         print_freq: steps between two lines, and between two records.
         record: takes each record that is due.
         epoch: from 0, for the records.
+        first: steps that were done before, in a run that has been resumed.
     """
 
-    def __init__(self, label: str, steps: int, images: int, print_freq: int, record: RunLog, epoch: int) -> None:
+    def __init__(
+        self, label: str, steps: int, images: int, print_freq: int, record: RunLog, epoch: int, first: int = 0
+    ) -> None:
         self.label, self.steps, self.images, self.print_freq = label, steps, images, print_freq
-        self.record, self.epoch = record, epoch
-        self.bar = tqdm(total=steps, desc=label, leave=False, disable=None if is_main() else True)
+        self.record, self.epoch, self.first = record, epoch, first
+        self.bar = tqdm(total=steps, initial=first, desc=label, leave=False, disable=None if is_main() else True)
         self.start = time.monotonic()
         self.shown, self.waited = self.start, 0.0
 
     def batches(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
-        """(1, first batch), (2, second batch), ..; the time that the loader needs is noted."""
-        batches, number = iter(loader), 0
+        """(1, first batch), (2, second batch), .. but for those done before; the time that the loader needs is noted."""
+        batches, number = iter(loader), self.first
         while True:
             start = time.monotonic()
             batch = next(batches, None)
@@ -161,7 +206,8 @@ class StepProgress:
         now, due = time.monotonic(), done % self.print_freq == 0
         if not due and (self.bar.disable or now - self.shown < 1):
             return
-        self.shown, means, rate = now, meters.means(), done * self.images / (now - self.start)
+        self.shown, means = now, meters.means()
+        rate = (done - self.first) * self.images / (now - self.start)
         self.bar.set_postfix_str(f"{show(means)}, {rate:.0f} images/s")
         if due:
             self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **means)
@@ -174,7 +220,7 @@ class StepProgress:
         self.bar.close()
         seconds = time.monotonic() - self.start
         means = meters.means_over_ranks()
-        rate = self.steps * self.images / seconds
+        rate = (self.steps - self.first) * self.images / seconds
         shares = {"data_seconds": self.waited, "compute_seconds": seconds - self.waited, "seconds": seconds}
         record = {**means, **more, "images_per_second": rate, **shares}
         self.record.figures(self.epoch, **record)

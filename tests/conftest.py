@@ -80,7 +80,15 @@ def two_ranks(tmp_path):
 
     def run(worker, **options):
         args = Namespace(
-            nproc=2, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0, deterministic=True
+            nproc=2,
+            gpu=None,
+            world_size=1,
+            rank=0,
+            dist_url=None,
+            dist_backend="nccl",
+            seed=0,
+            deterministic=True,
+            dist_timeout=60,
         )
         distributed.launch(worker, Namespace(**vars(args), out=tmp_path, **options))
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

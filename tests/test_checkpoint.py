@@ -1,6 +1,7 @@
 import functools
 import os
 import pickle
+import resource
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import run_script
 from pcl import checkpoint
 from pcl.builder import MoCo
 from pcl.checkpoint import CheckpointError, architectures, backbone, load, load_backbone, load_for_resume, save
+from pcl.distributed import RunError
 
 ARCH = "shufflenet_v2_x0_5"
 
@@ -24,22 +26,20 @@ def published(model, prefix="module."):
     return {"epoch": 3, "arch": ARCH, "state_dict": weights, "optimizer": {"state": {}, "param_groups": []}}
 
 
-def test_a_failed_write_leaves_the_old_file_whole_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint_0000.pth.tar"
+def test_a_disk_that_is_full_leaves_the_old_file_whole_and_no_other(tmp_path):
+    path, state = tmp_path / "checkpoint_0000.pth.tar", {"epoch": 2, "x": torch.zeros(100_000)}
     save(path, {"epoch": 1})
-
-    def full_disk(state, file):
-        file.write(b"half a checkpoint")
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError, match="No space"):
-            save(path, {"epoch": 2})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(RunError, match=r"checkpoint_0000\.pth\.tar cannot be written: File too large"):
+            save(path, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert load(path) == {"epoch": 1}
     assert os.listdir(tmp_path) == [path.name]
-    save(path, {"epoch": 2})
-    assert load(path) == {"epoch": 2}
+    save(path, state)
+    assert load(path)["epoch"] == 2
     assert os.listdir(tmp_path) == [path.name]
 
 

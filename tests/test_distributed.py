@@ -89,7 +89,15 @@ def test_a_seed_is_drawn_where_none_is_given_and_known_to_all():
     seeds = []
     for _ in range(2):
         args = Namespace(
-            nproc=1, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=None, deterministic=False
+            nproc=1,
+            gpu=None,
+            world_size=1,
+            rank=0,
+            dist_url=None,
+            dist_backend="nccl",
+            seed=None,
+            deterministic=False,
+            dist_timeout=60,
         )
         distributed.launch(lambda device, args: seeds.append(args.seed), args)
     assert seeds[0] != seeds[1]

@@ -1,0 +1,217 @@
+"""Ends the processes of a run together: when one is asked to stop, when one fails, and when one no longer answers.
+
+A thread of each process beats once a second through a TCPStore, for the others to see, and looks whether one of them was asked
+to stop, has failed or has fallen silent. It works also while the main thread is deep inside a k-means of minutes. What is
+unfinished is guarded by `postponed`: outside it, a process that is asked to stop leaves at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+GRACE = 25.0  # seconds that a guarded process has to finish its step and save
+SILENCE = 40.0  # seconds without a beat after which a process is given up
+
+
+class Watch:
+    """The watch of this process.
+
+    Args:
+        launcher: process id of the one that spawned this, whose end asks to stop too.
+    """
+
+    def __init__(self, launcher: int | None = None) -> None:
+        self.asked = 0  # the signal that asked to stop, here or in another process
+        self._asked_at, self._silence = 0.0, SILENCE
+        self._guarded = self._leaving = self._closed = False
+        self._launcher = launcher
+        self._store: dist.TCPStore | None = None
+        self._rank = self._world = self._node = 0
+        self._beats: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one and when it was new
+        self._group: dist.ProcessGroup | None = None
+        self._question: tuple[torch.Tensor, dist.Work] | None = None
+        # Signals wake the thread through a pipe, since Python's own handlers wait for the main thread.
+        self._inbox, self._outbox = os.pipe()
+        os.set_blocking(self._outbox, False)
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            # One that is ignored stays so: nohup, or a shell's background job.
+            self._before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN}
+            for number in self._before:
+                signal.signal(number, lambda *_: None)
+            signal.set_wakeup_fd(self._outbox, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def join(self, group: dist.ProcessGroup, address: tuple[str, int], node: int) -> None:
+        """Look after the other processes too.
+
+        Args:
+            group: all processes, connected by gloo.
+            address: host and port of its store.
+            node: number of this machine.
+        """
+        self._group, self._node = group, node
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        # A connection of its own, since a store that waits for something lets nobody else through.
+        host, port = address
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE / 4))
+        store.set(f"beat/{self._rank}", "0")
+        dist.barrier(group)  # from here on everybody has a beat
+        self._store = store
+
+    def should_stop(self) -> bool:
+        """Whether to stop after this step: the same answer on every rank, so each must ask after every step.
+
+        The question of one step is answered at the next, so that nobody waits.
+        """
+        stop = self.forget_question()
+        flag = torch.tensor(int(self.asked))
+        self._question = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True))
+        return stop
+
+    def forget_question(self) -> bool:
+        """The answer to the last step's question, if there is one; after the last step of an epoch nobody else asks."""
+        if self._question is None:
+            return False
+        flag, work = self._question
+        work.wait()
+        self._question = None
+        if flag:
+            self._note(int(flag))
+        return bool(flag)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside, a process that is asked to stop has `GRACE` seconds to ask `should_stop`, save and leave by itself."""
+        self._guarded = True
+        try:
+            yield
+        finally:
+            self._guarded = False
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that was asked to stop."""
+        return INTERRUPTED if self.asked == signal.SIGINT else PREEMPTED
+
+    def leave(self) -> NoReturn:
+        """End this process as one that was asked to stop."""
+        if self._leaving:
+            time.sleep(60)  # the other thread is at it
+        self._leaving = True
+        if self._rank == 0:
+            if self._world > 1:
+                time.sleep(3)  # the others are to hear of it before the store is gone
+            lost = "; what came after its last checkpoint is lost" if self._guarded else ""
+            print(f"\nstopped{lost}: go on with --resume auto", flush=True)
+        os._exit(self.exit_code)
+
+    def wait_for_reason(self) -> None:
+        """Another process seems to be gone: find out which one and why; ends this one if that is found."""
+        if self._store:
+            self._silence = SILENCE / 8
+            time.sleep(SILENCE / 2)
+
+    def tell_failure(self, reason: str) -> None:
+        """Let the other processes end with the reason of this one's failure."""
+        if self._store:
+            record = json.dumps({"rank": self._rank, "node": self._node, "reason": reason})
+            with suppress(RuntimeError):
+                self._store.compare_set("failure", "", record)
+            if self._rank == 0:
+                time.sleep(3)  # the store ends with this process; the others look at it every second
+
+    def close(self) -> None:
+        """Stop watching, and handle signals as before."""
+        self._closed = True
+        os.write(self._outbox, b"\0")
+        self._thread.join()
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        os.close(self._inbox)
+        os.close(self._outbox)
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._closed:
+            if select.select([self._inbox], [], [], 1)[0]:
+                for number in os.read(self._inbox, 100):
+                    if number in self._before:  # the pipe gets those of other handlers too
+                        self._ask(number)
+            if self._launcher and os.getppid() != self._launcher and not self.asked:
+                self._ask(signal.SIGHUP)
+            if self._store:
+                beat += 1
+                try:
+                    self._exchange(beat)
+                except RuntimeError:  # of many kinds: the store, that is rank 0 or its machine, is gone
+                    self._end("process 0 has ended or no longer answers", tell=True)
+            self._leave_if_due()
+
+    def _ask(self, number: int) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone: what is still printed must not fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+        if self.asked and number == signal.SIGINT:  # Ctrl-C again
+            os._exit(INTERRUPTED)
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        if not self.asked:
+            self._asked_at, self.asked = time.monotonic(), number
+
+    def _exchange(self, beat: int) -> None:
+        """Tell and hear through the store."""
+        assert self._store
+        self._store.set(f"beat/{self._rank}", str(beat))
+        self._store.wait(["beat/0"], timedelta(seconds=SILENCE / 4))  # the others would wait for a frozen store for ever
+        if self.asked and not self._store.check(["stop"]):
+            self._store.set("stop", str(int(self.asked)))
+        elif not self.asked and self._store.check(["stop"]):
+            self._note(int(self._store.get("stop")))
+        if self._store.check(["failure"]):
+            failure = json.loads(self._store.get("failure"))
+            if failure["rank"] != self._rank:  # who failed has told on its own machine
+                tell = failure["node"] != self._node
+                self._end(f"process {failure['rank']} has failed: {failure['reason']}", tell)
+        others = [r for r in range(self._world) if r != self._rank] if self._rank == 0 else [0]
+        now = time.monotonic()
+        for rank, value in zip(others, self._store.multi_get([f"beat/{r}" for r in others]), strict=True):
+            last, since = self._beats.get(rank, (b"", now))
+            self._beats[rank] = (value, now if value != last else since)
+            if value == last and now - since > self._silence:
+                self.tell_failure(f"process {rank} no longer answers")
+                self._end(f"process {rank} no longer answers", tell=True)
+
+    def _leave_if_due(self) -> None:
+        if self.asked and not self._closed and not (self._guarded and time.monotonic() - self._asked_at < GRACE):
+            self.leave()
+
+    def _end(self, reason: str, tell: bool) -> None:
+        if self._closed:
+            return
+        if self.asked:  # the others have left
+            self.leave()
+        if tell:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
