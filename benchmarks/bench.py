@@ -182,16 +182,17 @@ def random_clustering(num_images: int, num_cluster: int) -> Clustering:
 
 def negatives(logits: bool = False) -> Row:
     """A step's negatives on the CPU, at ImageNet's size; with `logits`, also their comparison with the queries."""
-    clusterings = [random_clustering(200_000, k) for k in IMAGENET]
-    q, index = F.normalize(torch.randn(32, 128), dim=1), torch.randint(200_000, (32,))
+    clusterings = [random_clustering(1_281_167, k) for k in IMAGENET]
+    q, index = F.normalize(torch.randn(32, 128), dim=1), torch.randint(1_281_167, (32,))
     for clustering in clusterings:
-        clustering.num_used  # noqa: B018 - once an epoch on either side
+        clustering.num_used  # noqa: B018 - once an epoch
 
     def published() -> None:
         for clustering in clusterings:
             positive = clustering.im2cluster[index]
-            others = set(range(clustering.num_used)) - set(positive.tolist())
-            negative = random.sample(list(others), 16384)
+            numbers = [number for number in range(int(clustering.im2cluster.max()) + 1)]  # noqa: C416 - as it is there
+            others = set(numbers) - set(positive.tolist())
+            negative = random.sample(tuple(others), 16384)  # as Python did itself with a set, up to 3.10
             if logits:
                 chosen = torch.cat([clustering.prototypes[positive], clustering.prototypes[negative]])
                 phi = torch.cat([clustering.concentration[positive], clustering.concentration[torch.LongTensor(negative)]])

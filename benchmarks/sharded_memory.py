@@ -1,4 +1,7 @@
-"""Memory of `--kmeans sharded` for two million images in two processes on the CPU: python benchmarks/sharded_memory.py"""
+"""Memory and speed of `--kmeans sharded` for two million images in two processes on the CPU: python benchmarks/sharded_memory.py
+
+From the speed it reckons what an E-step of more images would take on more processes that are as fast.
+"""
 
 import argparse
 import resource
@@ -7,9 +10,12 @@ import time
 import torch
 
 from pcl import sharded
-from pcl.distributed import launch
+from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
+from pcl.distributed import add_over_ranks, get_world_size, launch
+from pcl.logs import log
 
-NUM_IMAGES, NUM_CLUSTER, ITERATIONS = 2_000_000, 2_000, 2  # at 1,000 images a cluster none is left out
+NUM_IMAGES, NUM_CLUSTER, DIM, MEASURED = 2_000_000, 2_000, 128, 2  # at 1,000 images a cluster none is left out
+GRANULARITIES = (25_000, 50_000, 100_000)
 
 
 def peak() -> float:
@@ -17,23 +23,31 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def operations(num_images: int) -> float:
+    """Multiplications and additions of the E-step's k-means, three granularities, and of a last search of all images."""
+    searches = sum(k * (RESTARTS * ITERATIONS * min(num_images, MAX_POINTS * k) + num_images) for k in GRANULARITIES)
+    return 2.0 * DIM * searches
+
+
 def work(device: torch.device, args: argparse.Namespace) -> None:
-    sharded.ITERATIONS = ITERATIONS
+    sharded.ITERATIONS, sharded.RESTARTS = MEASURED, 1
     empty = peak()
-    features = torch.empty(NUM_IMAGES // 2, 128).normal_()
+    features = torch.empty(NUM_IMAGES // 2, DIM).normal_()
     for rows in features.split(10_000):
         rows.div_(rows.norm(dim=1, keepdim=True))
     loaded, start = peak(), time.perf_counter()
-    sharded.RESTARTS = 1
     sharded.cluster_all_sharded(features, NUM_IMAGES, [NUM_CLUSTER], temperature=0.2)
-    seconds = (time.perf_counter() - start) / (ITERATIONS + 1)  # the last search describes the clusters
-    rate = 2 * NUM_IMAGES * NUM_CLUSTER * 128 / seconds / 1e9
-    print(
-        f"process: {empty:.0f} MiB before, {loaded - empty:.0f} MiB of features, {peak() - loaded:.0f} MiB more at the peak; "
-        f"{seconds:.1f} s an iteration, {rate:.0f} billion operations a second in both"
-    )
+    seconds = (time.perf_counter() - start) / (MEASURED + 1)  # the last search describes the clusters
+    mib = add_over_ranks(torch.tensor([empty, loaded - empty, peak() - loaded])) / get_world_size()
+    rate = 2 * NUM_IMAGES * NUM_CLUSTER * DIM / seconds / get_world_size()
+    log("mean of the processes: {:.0f} MiB before, {:.0f} MiB of features, {:.0f} MiB more at the peak".format(*mib.tolist()))
+    log(f"{seconds:.1f} s an iteration, {rate / 1e9:.0f} billion operations a second in each process")
+    for num_images in (1_281_167, 100_000_000, 1_000_000_000):
+        total = operations(num_images)
+        hours = ", ".join(f"{total / rate / world / 3600:,.1f} h on {world}" for world in (8, 64, 512))
+        log(f"{num_images:13,d} images, K = 25,000 + 50,000 + 100,000: {total:.2g} operations; {hours} such processes")
 
 
 if __name__ == "__main__":
     options = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "gloo", "seed": 0}
-    launch(work, argparse.Namespace(**options, deterministic=False))
+    launch(work, argparse.Namespace(**options, deterministic=False, dist_timeout=600))

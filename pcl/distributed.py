@@ -303,7 +303,8 @@ def gather(tensor: Tensor) -> Tensor:
     if not dist.is_initialized():
         return tensor
     out = tensor.new_empty(get_world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(out, tensor.contiguous())
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name up to torch 2.13
+    all_gather(out, tensor.contiguous())
     return out
 
 

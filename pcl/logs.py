@@ -210,10 +210,12 @@ class StepProgress:
         rate = (done - self.first) * self.images / (now - self.start)
         self.bar.set_postfix_str(f"{show(means)}, {rate:.0f} images/s")
         if due:
-            self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **means)
+            shares = {"data_seconds": self.waited, "compute_seconds": now - self.start - self.waited}
+            self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **shares, **means)
             if self.bar.disable:
                 left = (self.steps - done) * self.images / rate
-                log(f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s  {left:.0f} s left")
+                waiting = f"{self.waited / (now - self.start):.0%} waiting for data"
+                log(f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s ({waiting})  {left:.0f} s left")
 
     def close(self, meters: Meters, **more: float) -> dict[str, float]:
         """End the epoch: its means over all ranks, with `more`, are printed and recorded. Every rank must call it."""

@@ -1,21 +1,23 @@
 """k-means of features that stay on the rank that computed them (`--kmeans sharded`), where one device cannot hold them all.
 
-Each rank searches the nearest centroids of its own share; sums and counts are added up over the ranks. A rank needs memory
-for its N/W features, the centroids, and 8 bytes for each of the N images (the cluster that training looks up). faiss's own
-`contrib.clustering.kmeans` counts from the assignment of all images, so that the loop here is ours; empty clusters are filled
-by the function that it uses.
+The loop is faiss's `contrib.clustering.kmeans`. Each rank searches the nearest centroids of its own share; sums and counts are
+added up over the ranks. A rank needs memory for its N/W features, the centroids, and 8 bytes for each of the N images (the
+cluster that training looks up).
 
 Letters: N images, n of them on this rank, W ranks, C features, K prototypes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from faiss.contrib.clustering import reassign_centroids
+from faiss.contrib.clustering import kmeans
+from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
 from pcl.clustering import (
@@ -96,22 +98,52 @@ def kmeans_sharded(
     if num_images > MAX_POINTS * num_cluster:
         seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]
     first = permutation(num_images if seen is None else len(seen), start_seed + 1)[:num_cluster]
-    centroids = _rows_of_images(features, first if seen is None else seen[first])  # (K, C)
+    start = _rows_of_images(features, first if seen is None else seen[first])  # (K, C)
     if seen is not None:
         world = get_world_size()
         features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
-    random, objective = np.random.RandomState(start_seed % 2**32), 0.0  # for clusters that run empty
-    for _ in range(ITERATIONS):
-        squared, nearest = assign(features, centroids, tf32)  # (n,), (n,)
+    # faiss draws what it fills empty clusters by from a seed of 32 bits. It prints a word, whatever it is told.
+    options = {"niter": ITERATIONS, "seed": start_seed % 2**32, "verbose": False, "return_stats": True}
+    with contextlib.redirect_stdout(io.StringIO()):
+        centroids, steps = kmeans(num_cluster, Share(features, start, tf32), **options)
+    return steps[-1]["obj"], centroids.float()
+
+
+class Share(DatasetAssign):
+    """This rank's part of the images, as `faiss.contrib.clustering.kmeans` asks for it; sums and counts are those of all.
+
+    Args:
+        features: (n, C) float32.
+        start: (K, C) float32, the centroids to begin with.
+        tf32: as for `cluster_all_sharded`.
+    """
+
+    def __init__(self, features: Tensor, start: Tensor, tf32: bool) -> None:
+        super().__init__(features)
+        self.start, self.tf32 = start, tf32
+
+    def count(self) -> int:
+        """Of what kmeans chooses its K starting points from: they are chosen already."""
+        return len(self.start)
+
+    def get_subset(self, _: np.ndarray) -> Tensor:
+        """The starting points."""
+        return self.start
+
+    def assign_to(self, centroids: Tensor, weights: None = None) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Search this rank's images.
+
+        Returns:
+            an array that holds each cluster's number as often as it has images, of which kmeans takes the counts;
+            the sum of squared distances; and each cluster's sum of features (K, C), float64.
+        """
+        squared, nearest = assign(self.x, centroids.float(), self.tf32)  # (n,), (n,)
         # In double precision, so that the order in which ranks add does not show.
-        total = features.new_zeros(num_cluster, features.shape[1], dtype=torch.float64)
-        for rows, place in zip(features.split(CHUNK), nearest.split(CHUNK), strict=True):
+        total = self.x.new_zeros(centroids.shape, dtype=torch.float64)
+        for rows, place in zip(self.x.split(CHUNK), nearest.split(CHUNK), strict=True):
             total.index_add_(0, place, rows.double())
-        count = add_over_ranks(torch.bincount(nearest, minlength=num_cluster))
-        centroids = (add_over_ranks(total) / count.clamp(min=1)[:, None]).float()
-        objective = float(add_over_ranks(squared.double().sum()))
-        reassign_centroids(count.cpu().numpy(), centroids, random)
-    return objective, centroids
+        count = add_over_ranks(torch.bincount(nearest, minlength=len(centroids))).cpu().numpy()
+        return np.repeat(np.arange(len(count)), count), add_over_ranks(squared.double().sum()), add_over_ranks(total)
 
 
 def describe_sharded(
