@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, trained_at
-from pcl.distributed import RunError, available_cores, launch, launched_outside, local_processes, total_processes
+from pcl.distributed import FORESEEN, available_cores, launch, launched_outside, local_processes, reason_of, total_processes
 from pcl.loader import IndexedFolder, holds_images
 from pcl.logs import log
 
@@ -226,8 +226,8 @@ def launch_or_exit(
     """`pcl.distributed.launch`; what ends the run is one line and exit code 1."""
     try:
         launch(worker, args)
-    except RunError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except FORESEEN as error:
+        parser.exit(1, f"{parser.prog}: error: {reason_of(error)}\n")
 
 
 def integers(text: str) -> list[int]:

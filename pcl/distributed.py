@@ -40,6 +40,18 @@ class RunError(Exception):
     """What ends a run; the message is one line that names the remedy."""
 
 
+FORESEEN = (RunError, OSError)  # what a user can mend, without a traceback: an OSError is a full disk, a folder that is gone ..
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
 def launched_outside() -> bool:
     """Whether a launcher such as torchrun has started this process as one of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -139,8 +151,8 @@ def _await(processes: Sequence[Any]) -> list[int]:
 def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
     try:
         _join(local_rank, worker, args, nproc, launcher)
-    except RunError as error:
-        print(f"error in process {local_rank}: {error}", file=sys.stderr, flush=True)
+    except FORESEEN as error:
+        print(f"error in process {local_rank}: {reason_of(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except Exception:
         traceback.print_exc()
@@ -160,7 +172,7 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
                 _watch.leave()
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
                 _watch.wait_for_reason()
-            _watch.tell_failure(str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
+            _watch.tell_failure(reason_of(error))
             raise
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
 
@@ -255,6 +267,8 @@ def was_stopped() -> bool:
 
 def exit_stopped() -> NoReturn:
     """End a run that was asked to stop and has saved."""
+    if is_main():
+        print("\nstopped and saved: go on with --resume auto", flush=True)
     raise SystemExit(_watch.exit_code if _watch else PREEMPTED)
 
 

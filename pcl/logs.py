@@ -110,6 +110,7 @@ class RunLog:
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = claim(folder)
+            _end_last_line(self.path)
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
 
     def write(self, **record: Any) -> None:
@@ -123,6 +124,13 @@ class RunLog:
         self.write(epoch=epoch, **figures)
         if self.board:
             self.board.write(epoch, **figures)
+
+
+def _end_last_line(path: Path) -> None:
+    """A process that was killed may have left half a line, which is not to spoil the next one."""
+    if path.exists() and not path.read_bytes()[-1:] in (b"", b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 class TensorBoard:

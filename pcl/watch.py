@@ -2,7 +2,7 @@
 
 A thread of each process beats once a second through a TCPStore, for the others to see, and looks whether one of them was asked
 to stop, has failed or has fallen silent. It works also while the main thread is deep inside a k-means of minutes. What is
-unfinished is guarded by `postponed`: outside it, a process that is asked to stop leaves at once.
+unfinished is inside `Watch.guarded`: outside it, a process that is asked to stop leaves at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 25.0  # seconds that a guarded process has to finish its step and save
-SILENCE = 40.0  # seconds without a beat after which a process is given up
+SILENCE = 30.0  # seconds without a beat after which a process is given up
 
 
 class Watch:
