@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.augment import RecipeView, finish
-from pcl.builder import MoCo, extract_share
+from pcl.builder import MoCo, extract_share, split_batch_norm
 from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import (
     RunError,
@@ -104,6 +103,17 @@ def get_parser() -> cli.Parser:
     em.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
     em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
                     help="look whether it learns after each E-step and every N epochs of warm-up; 0 never")
+    small = parser.add_argument_group("small data", "what the published algorithm does without; the README says when it helps")
+    small.add_argument("--small-stem", action="store_true",
+                       help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
+    small.add_argument("--bn-splits", type=cli.positive, default=1, metavar="S",
+                       help="BatchNorm statistics over each of S groups of a process's batch, as over S GPUs")
+    small.add_argument("--mask-duplicates", action="store_true",
+                       help="an image's own prototype is no negative of it where it is another image's of the batch too")
+    small.add_argument("--kmeans-every", type=cli.positive, default=1, metavar="E",
+                       help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
+    small.add_argument("--proto-weight", type=cli.nonnegative_float, default=1.0, metavar="W",
+                       help="weight of the prototype term beside InfoNCE")
     files = parser.add_argument_group("files")
     files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR",
                        help="checkpoints, log.jsonl, TensorBoard's files and figures")
@@ -146,6 +156,12 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
     if args.kmeans_tf32 and args.kmeans != "sharded":
         parser.error(f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}")
+    if args.small_stem and not checkpoint.takes_small_stem(args.arch):
+        parser.error(cli.no_small_stem(args.arch))
+    own_batch, _ = cli.batch_and_workers(args)
+    if args.bn_splits > 1 and (own_batch % args.bn_splits or own_batch < 2 * args.bn_splits):
+        remedy = "take a divisor of it that leaves two images or more in a group"
+        parser.error(f"--bn-splits {args.bn_splits}: a process's batch has {own_batch} images; {remedy}")
     if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--cos and --schedule exclude each other; leave one out")
     automatic = args.resume == "auto"
@@ -200,27 +216,30 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     for epoch in range(args.start_epoch, args.epochs):
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
-        if begun.steps == 0:
-            begun = Begun()
-            if epoch >= args.warmup_epoch:
-                begun.clusterings = e_step(model, center_loader, epoch, args, record, monitor)
-            elif monitor.is_due(epoch):
-                look_in_warm_up(model, center_loader, epoch, args, monitor)
+        if epoch >= args.warmup_epoch and not begun.clusterings:
+            begun.clusterings = e_step(model, center_loader, epoch, args, record, monitor)
+        elif begun.steps == 0 and epoch < args.warmup_epoch and monitor.is_due(epoch):
+            look_in_warm_up(model, center_loader, epoch, args, monitor)
         with guarded():
             means = m_step(parallel, train_loader, optimizer, begun, epoch, args, record)
-            save(parallel, optimizer, args, epoch + 1)
+            begun = Begun(clusterings=[] if e_step_is_due(epoch + 1, args) else begun.clusterings)
+            save(parallel, optimizer, args, epoch + 1, begun, len(train_set))
             if was_stopped() and epoch + 1 < args.epochs:
                 exit_stopped()
-        begun = Begun()
         if epoch == args.start_epoch:
             tell_the_limit(means, args)
     if is_main():
         draw_pictures(args.exp_dir)
 
 
+def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
+    """Whether new clusters are made for this epoch, from 0."""
+    return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
+
+
 @dataclass
 class Begun:
-    """What is done of an epoch: nothing yet, its E-step, or some steps of its M-step too."""
+    """What is done of an epoch: nothing yet, its E-step (or an earlier one's that counts), some steps of its M-step too."""
 
     steps: int = 0
     clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
@@ -229,13 +248,13 @@ class Begun:
     @classmethod
     def of_checkpoint(cls, state: dict[str, Any], num_images: int, device: torch.device, args: argparse.Namespace) -> Begun:
         """Of the epoch to go on with; nothing if it cannot be finished with these images and options."""
-        if not state.get("steps"):
+        if "terms" not in state or (state["steps"] == 0 and e_step_is_due(state["epoch"], args)):
             return cls()
         if state["terms"] != terms_of_epoch(num_images, args):
             log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
             return cls()
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
-        return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device))
+        return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device) if state["steps"] else Meters())
 
 
 def terms_of_epoch(num_images: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -338,9 +357,9 @@ def m_step(
         figures = {"loss_instance": loss_instance, "acc_instance": topk_accuracy(logits, target)}
         loss = loss_instance
         if clusterings:
-            loss_prototype, acc_prototype = prototype_loss(q, index, clusterings, args.pcl_r)
+            loss_prototype, acc_prototype = prototype_loss(q, index, clusterings, args.pcl_r, args.mask_duplicates)
             figures |= {"loss_prototype": loss_prototype, "acc_prototype": acc_prototype}
-            loss = loss_instance + loss_prototype
+            loss = loss_instance + args.proto_weight * loss_prototype
 
         optimizer.zero_grad()
         loss.backward()
@@ -409,8 +428,11 @@ def reduced_precision(args: argparse.Namespace, device: torch.device) -> torch.a
 
 def make_model(args: argparse.Namespace) -> MoCo:
     """The model that the options describe, with random weights."""
-    encoder = torchvision.models.get_model_builder(args.arch)
-    return MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
+    encoder = partial(checkpoint.new_network, args.arch, args.small_stem)
+    model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
+    if args.bn_splits > 1:
+        split_batch_norm(model, args.bn_splits)
+    return model
 
 
 def save(
@@ -418,17 +440,17 @@ def save(
     optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
     epoch: int,
-    begun: Begun | None = None,
-    num_images: int = 0,
+    begun: Begun,
+    num_images: int,
 ) -> None:
     """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
 
     Args:
         epoch: the one to go on with, as published.
-        begun: what is done of it; its steps are never 0.
-        num_images: N, where it is begun.
+        begun: what is done of it.
+        num_images: N.
     """
-    meters = begun.meters.state_over_ranks() if begun else {}
+    meters = begun.meters.state_over_ranks() if begun.steps else {}
     if not is_main():
         return
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
@@ -442,11 +464,13 @@ def save(
         "deterministic": args.deterministic,
         "args": {name: str(value) for name, value in vars(args).items()},
     }
-    last = args.exp_dir / checkpoint.LAST
-    if begun:
+    if begun.steps or begun.clusterings:
         clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in begun.clusterings]
         terms = terms_of_epoch(num_images, args)
-        checkpoint.save(last, state | {"steps": begun.steps, "clusterings": clusterings, "meters": meters, "terms": terms})
+        state |= {"steps": begun.steps, "clusterings": clusterings, "meters": meters, "terms": terms}
+    last = args.exp_dir / checkpoint.LAST
+    if begun.steps:
+        checkpoint.save(last, state)
     elif epoch % args.save_freq == 0 or epoch == args.epochs:
         checkpoint.save(args.exp_dir / f"checkpoint_{epoch - 1:04d}.pth.tar", state)
         last.unlink(missing_ok=True)

@@ -115,6 +115,52 @@ class MoCo(nn.Module):
                 broadcast(buffer)
 
 
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that takes its training statistics over each of several groups of the batch, as over that many GPUs.
+
+    Args:
+        splits: S groups of B / S images in the order of the batch; S divides B.
+        num_features, eps, momentum: as for `nn.BatchNorm2d`.
+
+    Its running statistics move to the mean of where each group alone would take them. In eval mode it is the plain one.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, splits: int, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        if not self.training:
+            return super().forward(x)
+        groups = x.unflatten(0, (self.splits, -1))  # (S, B / S, C, H, W)
+        means, variances = (own.repeat(self.splits, 1) for own in (self.running_mean, self.running_var))  # (S, C)
+        parts = [
+            F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for group, mean, variance in zip(groups, means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(dim=0))
+        self.running_var.copy_(variances.mean(dim=0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+def split_batch_norm(network: nn.Module, splits: int) -> None:
+    """Put a `SplitBatchNorm2d` in the place of each BatchNorm2d inside `network`; weights, statistics, names stay."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                split = SplitBatchNorm2d(splits, child.num_features, child.eps, child.momentum or 0.1)
+                for part, value in [*child.named_parameters(), *child.named_buffers()]:
+                    setattr(split, part, value)  # the very tensors: a frozen weight stays frozen
+                setattr(parent, name, split.train(child.training))
+
+
 @torch.no_grad()
 def extract_features(
     network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device

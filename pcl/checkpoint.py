@@ -130,8 +130,8 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location:
     if wrong:
         first = wrong[0]
         raise CheckpointError(
-            f"{path} does not fit the options (--mlp, --low-dim, --pcl-r?): {len(wrong)} entries differ, the first "
-            f"{first}: {_size(have.get(first))} in the file, {_size(want.get(first))} in the model"
+            f"{path} does not fit the options (--mlp, --low-dim, --pcl-r, --small-stem?): {len(wrong)} entries differ, "
+            f"the first {first}: {_size(have.get(first))} in the file, {_size(want.get(first))} in the model"
         )
     return state
 
@@ -159,7 +159,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     if any(name.startswith("encoder_q.") for name in weights):
         weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    network = backbone(arch)
+    network = backbone(arch, has_small_stem(arch, weights))
     _load_exactly(network, weights, f"{path} does not fit {arch}")
     return network, arch
 
@@ -187,7 +187,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if state["arch"] not in architectures():
         raise CheckpointError(f"{path}: a probe of {state['arch']} cannot be opened again")
     weights = {name.removeprefix("module."): value for name, value in _weights(path, state["state_dict"]).items()}
-    network = torchvision.models.get_model(state["arch"], weights=None, num_classes=len(state["classes"])).eval()
+    network = new_network(state["arch"], has_small_stem(state["arch"], weights), num_classes=len(state["classes"])).eval()
     _load_exactly(network, weights, f"{path} does not fit {state['arch']} with {len(state['classes'])} classes")
     return network, state
 
@@ -204,11 +204,38 @@ def _load_exactly(network: nn.Module, weights: dict[str, Tensor], message: str) 
     network.load_state_dict(weights)
 
 
-def backbone(arch: str) -> nn.Module:
-    """A torchvision network of random weights without its head (`fc` is the identity), in eval mode."""
-    network = torchvision.models.get_model(arch, weights=None)
+def backbone(arch: str, small_stem: bool = False) -> nn.Module:
+    """`new_network` without its head (`fc` is the identity), in eval mode."""
+    network = new_network(arch, small_stem)
     network.fc = nn.Identity()
     return network.eval()
+
+
+def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) -> nn.Module:
+    """A torchvision network of random weights.
+
+    Args:
+        arch: one of `architectures`.
+        small_stem: for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
+            convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2). `takes_small_stem` says which can.
+        num_classes: size of the head's output.
+    """
+    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    if small_stem:
+        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        network.maxpool = nn.Identity()
+    return network
+
+
+def takes_small_stem(arch: str) -> bool:
+    """Whether the architecture begins with one convolution and a max-pool."""
+    return arch.startswith(("resnet", "resnext", "wide_resnet"))
+
+
+def has_small_stem(arch: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these weights of a network, without prefix, are those of one with a small stem."""
+    return takes_small_stem(arch) and "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3)
 
 
 def architectures() -> list[str]:
@@ -255,6 +282,9 @@ def main() -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{args.out}: {arch} without its fc. To load it:")
     print(f"  network = torchvision.models.{arch}()")
+    if has_small_stem(arch, network.state_dict()):
+        print("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
+        print(f"  network.conv1 = torch.nn.{network.conv1}")
     print(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
 
 

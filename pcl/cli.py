@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, trained_at
+from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, takes_small_stem, trained_at
 from pcl.distributed import FORESEEN, available_cores, launch, launched_outside, local_processes, reason_of, total_processes
 from pcl.loader import IndexedFolder, holds_images
 from pcl.logs import log
@@ -91,6 +91,8 @@ def add_backbone_arguments(parser: Parser) -> None:
     group.add_argument("--pixels", action="store_true", help="evaluate the pixels of the center crop instead, as a baseline")
     group.add_argument("-a", "--arch", metavar="NAME", choices=architectures(),
                        help="by default the one that the file names; resnet50 for random weights")
+    group.add_argument("--small-stem", action="store_true",
+                       help="random weights with the stem of main_pcl.py --small-stem; a file tells by itself")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
                        help="side of the center crop, which comes from 8/7 of it")
     # fmt: on
@@ -104,14 +106,23 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     """
     if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
         raise CheckpointError("--pretrained: name a checkpoint, or else give --random-init or --pixels for a baseline")
+    if args.small_stem and not args.random_init:
+        raise CheckpointError("--small-stem is an option of --random-init, since a file tells by itself; leave it out")
     if args.pixels:
         return nn.Flatten().eval(), {"arch": "pixels", "weights": "none"}
     if args.random_init:
         arch = args.arch or "resnet50"
-        return backbone(arch), {"arch": arch, "weights": "random"}
+        if args.small_stem and not takes_small_stem(arch):
+            raise CheckpointError(no_small_stem(arch))
+        return backbone(arch, args.small_stem), {"arch": arch, "weights": "random"}
     network, arch = load_backbone(args.pretrained, args.arch)
     digest = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
+
+
+def no_small_stem(arch: str) -> str:
+    """What is wrong with --small-stem and this architecture."""
+    return f"--small-stem: {arch} does not begin with a convolution and a max-pool; take a resnet, resnext or wide_resnet"
 
 
 def note_image_size(args: argparse.Namespace) -> None:

@@ -60,7 +60,9 @@ def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor
     return best.indices, None if enough else best.values >= 0
 
 
-def prototype_logits(q: Tensor, positive: Tensor, negative: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
+def prototype_logits(
+    q: Tensor, positive: Tensor, negative: Tensor, clustering: Clustering, mask_duplicates: bool = False
+) -> tuple[Tensor, Tensor]:
     """Each query against the prototypes of the whole batch, then the negatives, each at its own temperature.
 
     Args:
@@ -68,6 +70,7 @@ def prototype_logits(q: Tensor, positive: Tensor, negative: Tensor, clustering: 
         positive: (B,) int64, the prototype of each query.
         negative: (r,) int64, from `sample_negatives`.
         clustering: the granularity.
+        mask_duplicates: an image's own prototype is no negative of it (its logit is -inf) where it is another image's too.
 
     Returns:
         logits (B, B + r) and target (B,), the diagonal: as published, the prototypes of the other images in the batch
@@ -77,10 +80,15 @@ def prototype_logits(q: Tensor, positive: Tensor, negative: Tensor, clustering: 
     # On a CPU index_select takes a sixth of the time of an index in brackets.
     logits = q @ clustering.prototypes.index_select(0, chosen).T  # (B, B + r)
     logits = logits / clustering.concentration.index_select(0, chosen)
+    if mask_duplicates:
+        same = (positive[:, None] == positive).fill_diagonal_(False)  # (B, B)
+        logits = logits.masked_fill(F.pad(same, (0, len(negative))), -torch.inf)
     return logits, torch.arange(len(q), device=q.device)
 
 
-def prototype_loss(q: Tensor, index: Tensor, clusterings: Sequence[Clustering], r: int) -> tuple[Tensor, Tensor]:
+def prototype_loss(
+    q: Tensor, index: Tensor, clusterings: Sequence[Clustering], r: int, mask_duplicates: bool = False
+) -> tuple[Tensor, Tensor]:
     """The prototype term of ProtoNCE: the mean over granularities of the cross-entropy of `prototype_logits`.
 
     Args:
@@ -88,6 +96,7 @@ def prototype_loss(q: Tensor, index: Tensor, clusterings: Sequence[Clustering], 
         index: (B,) int64, where in the data set each image stands.
         clusterings: at least one granularity of the E-step.
         r: negatives to draw in each.
+        mask_duplicates: as for `prototype_logits`.
 
     Returns:
         the loss and the share of queries nearest to their own prototype (both scalars, the second without gradient).
@@ -96,7 +105,7 @@ def prototype_loss(q: Tensor, index: Tensor, clusterings: Sequence[Clustering], 
     for clustering in clusterings:
         positive = clustering.im2cluster[index]  # (B,)
         negative, other = _draw(positive, clustering.num_used, r)  # (r,), (r,)
-        logits, target = prototype_logits(q, positive, negative, clustering)  # (B, B + r)
+        logits, target = prototype_logits(q, positive, negative, clustering, mask_duplicates)  # (B, B + r)
         if other is not None:  # fewer than r others: those drawn beyond them take no part
             logits = logits.masked_fill(F.pad(~other, (len(q), 0)), -torch.inf)
         losses.append(F.cross_entropy(logits, target))

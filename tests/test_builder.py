@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl import builder
-from pcl.builder import MoCo, extract_features
+from pcl.builder import MoCo, SplitBatchNorm2d, extract_features, split_batch_norm
 from pcl.clustering import Clustering
 from pcl.distributed import broadcast, gather, get_rank, get_world_size
 from pcl.loader import normalize, share_of_rank
@@ -164,9 +166,65 @@ def test_the_key_encoder_follows_slowly_and_without_gradient():
     torch.testing.assert_close(k.norm(dim=1), torch.ones(4))
 
 
+def trained_batch_norm():
+    """Of 5 channels, its weights and statistics no longer those of the start."""
+    plain = nn.BatchNorm2d(5)
+    plain.weight.data.uniform_()
+    plain.bias.data.uniform_()
+    plain(torch.randn(4, 5, 3, 3) + 1)
+    return plain
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_batch_norm_is_each_group_through_a_plain_one(memory_format):
+    plain = trained_batch_norm()
+    network = nn.Sequential(nn.Identity(), nn.Sequential(copy.deepcopy(plain)))
+    split_batch_norm(network, 3)
+    split = network[1][0]
+    assert type(split) is SplitBatchNorm2d
+    assert network.state_dict().keys() == nn.Sequential(nn.Identity(), nn.Sequential(plain)).state_dict().keys()
+    x = (2 * torch.randn(12, 5, 4, 4) - 3).contiguous(memory_format=memory_format).requires_grad_()
+    alone = [copy.deepcopy(plain) for _ in range(3)]
+    expected = torch.cat([norm(group) for norm, group in zip(alone, x.split(4), strict=True)])
+    weight = torch.randn_like(x)
+    slopes = torch.autograd.grad((expected * weight).sum(), x)[0]
+
+    out = split(x)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), [x, split.weight])[0], slopes)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(norm, name) for norm in alone]).mean(dim=0)
+        torch.testing.assert_close(getattr(split, name), mean)
+        assert not torch.equal(mean, getattr(plain, name))
+    assert split.num_batches_tracked == plain.num_batches_tracked + 1 == 2
+
+    plain.load_state_dict(split.state_dict())
+    assert torch.equal(split.eval()(x), plain.eval()(x))
+    with pytest.raises(RuntimeError):
+        split.train()(x[:10])
+
+
+def test_with_split_batch_norm_keys_are_grouped_otherwise_than_queries(monkeypatch):
+    model = MoCo(Tiny, dim=4, r=8, m=1.0)  # both encoders keep the same weights
+    split_batch_norm(model, 2)
+    im = torch.randn(6, 3, 16, 16)
+    order = torch.tensor([4, 0, 3, 1, 5, 2])
+    monkeypatch.setattr(builder.torch, "randperm", lambda n, device: order)
+    q, k, _ = model(im, im)
+    q.sum().backward()
+    assert [parameter.requires_grad for parameter in model.encoder_k.parameters()] == [False] * 5
+    encoder = copy.deepcopy(model.encoder_k)
+    for group in order.view(2, 3):  # a plain BatchNorm on each half of the shuffled batch
+        hidden = F.batch_norm(encoder.conv(im[group]), None, None, encoder.bn.weight, encoder.bn.bias, training=True)
+        alone = F.normalize(encoder.fc(F.relu(hidden).mean((2, 3))), dim=1)
+        torch.testing.assert_close(k[group], alone)
+
+
 @pytest.mark.gpu
 def test_a_training_step_s_forward_does_not_wait_for_the_gpu():
     model = MoCo(Tiny, dim=4, r=8).cuda()
+    split_batch_norm(model, 2)
     im = torch.randn(4, 3, 16, 16, device="cuda")
     model(im, im)
     torch.cuda.set_sync_debug_mode("error")

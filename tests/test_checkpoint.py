@@ -11,7 +11,18 @@ from conftest import run_script
 
 from pcl import checkpoint
 from pcl.builder import MoCo
-from pcl.checkpoint import CheckpointError, architectures, backbone, load, load_backbone, load_for_resume, save
+from pcl.checkpoint import (
+    CheckpointError,
+    architectures,
+    backbone,
+    load,
+    load_backbone,
+    load_for_resume,
+    load_probe,
+    new_network,
+    save,
+    takes_small_stem,
+)
 from pcl.distributed import RunError
 
 ARCH = "shufflenet_v2_x0_5"
@@ -139,6 +150,50 @@ def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head()
         if isinstance(getattr(network, "fc", None), torch.nn.Linear) and not getattr(network, "aux_logits", False):
             offered.append(name)
     assert architectures() == offered
+
+
+def test_the_small_stem_goes_with_a_convolution_and_a_max_pool_alone():
+    for name in architectures():
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):
+            network = smallest("regnet_x_400mf") if name.startswith("regnet") else torchvision.models.get_model(name)
+        conv1, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+        assert takes_small_stem(name) == (isinstance(conv1, torch.nn.Conv2d) and isinstance(pool, torch.nn.MaxPool2d)), name
+
+
+def test_the_small_stem_halves_nothing_and_begins_like_torchvision_s():
+    plain, small = (new_network("resnet18", stem, num_classes=3) for stem in (False, True))
+    x = torch.randn(2, 3, 32, 32)
+    shapes = []
+    for network in (plain, small):
+        network.layer1.register_forward_hook(lambda module, given, out: shapes.append(tuple(out.shape)))
+        assert network(x).shape == (2, 3)
+    assert shapes == [(2, 64, 8, 8), (2, 64, 32, 32)]
+    # Kaiming's normal distribution for the fan out: variance 2 / (64 * 3 * 3), whose estimate from 1,728 is 3.4 % wide.
+    assert small.conv1.weight.var().item() == pytest.approx(2 / (64 * 3 * 3), rel=0.2)
+
+
+def test_a_small_stem_is_read_off_the_weights(tmp_path, capsys):
+    model = MoCo(functools.partial(new_network, "resnet18", True), dim=8, r=16)
+    state = published(model) | {"arch": "resnet18"}
+    torch.save(state, tmp_path / "c.pt")
+    network, _ = load_backbone(tmp_path / "c.pt")
+    x = torch.randn(2, 3, 16, 16)
+    model.encoder_q.fc = torch.nn.Identity()
+    assert torch.equal(network(x), model.encoder_q.eval()(x))
+
+    probe = new_network("resnet18", True, num_classes=5).eval()
+    torch.save(published(probe) | {"arch": "resnet18", "classes": list("abcde")}, tmp_path / "probe.pt")
+    assert torch.equal(load_probe(tmp_path / "probe.pt")[0](x), probe(x))
+
+    run_script(checkpoint, "export", tmp_path / "c.pt", tmp_path / "backbone.pth")
+    told = [line.strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    names = {"torch": torch, "torchvision": torchvision}
+    exec("\n".join(told), names)
+    names["network"].fc = torch.nn.Identity()
+    assert torch.equal(names["network"].eval()(x), network(x))
+
+    with pytest.raises(CheckpointError, match=r"--small-stem\?\): .*conv1.weight: \(64, 3, 3, 3\) in the file"):
+        load_for_resume(tmp_path / "c.pt", MoCo(functools.partial(new_network, "resnet18"), dim=8, r=16), "resnet18")
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import pytest
 from conftest import GOLDEN
 
 from pcl import cli
+from pcl.checkpoint import CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,20 @@ def test_numbers_are_read_or_refused():
     ):  # fmt: skip
         with pytest.raises(ArgumentTypeError, match=wrong):
             kind(wrong)
+
+
+def test_a_random_backbone_may_have_a_small_stem():
+    parser = cli.Parser("text")
+    cli.add_backbone_arguments(parser)
+
+    def opened(*options):
+        return cli.open_backbone(parser.parse_args(["--small-stem", *options]))[0]
+
+    assert opened("--random-init", "-a", "resnet18").conv1.kernel_size == (3, 3)
+    with pytest.raises(CheckpointError, match="a file tells by itself"):
+        opened("--pretrained", "c.pth.tar")
+    with pytest.raises(CheckpointError, match="shufflenet_v2_x0_5 does not begin with"):
+        opened("--random-init", "-a", "shufflenet_v2_x0_5")
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys):

@@ -44,6 +44,33 @@ def test_prototype_term_is_the_paper_s_formula_with_the_batch_s_prototypes_among
     assert float(F.cross_entropy(logits, target)) == pytest.approx(slow, rel=1e-5)
 
 
+def test_with_duplicates_masked_an_image_s_own_prototype_is_no_negative_of_it():
+    clustering = random_clustering(20, 30, 8)
+    clustering.im2cluster[:4] = torch.tensor([5, 2, 5, 5])
+    q, index, negative = unit(4, 8, dim=1), torch.arange(4), torch.tensor([7, 29])
+    positive = clustering.im2cluster[index]
+    logits, target = prototype_logits(q, positive, negative, clustering, mask_duplicates=True)
+    slow = 0.0
+    for i in range(4):
+
+        def exponent(c, i=i):
+            return math.exp(float(q[i] @ clustering.prototypes[c]) / float(clustering.concentration[c]))
+
+        own = int(positive[i])
+        others = [c for c in [*positive.tolist(), *negative.tolist()] if c != own]
+        slow -= math.log(exponent(own) / (exponent(own) + sum(map(exponent, others)))) / 4
+    assert float(F.cross_entropy(logits, target)) == pytest.approx(slow, rel=1e-5)
+
+    ours, accuracy = prototype_loss(q.requires_grad_(), index, [clustering] * 2, r=100, mask_duplicates=True)
+    negative = sample_negatives(positive, clustering.num_used, 100)
+    logits, target = prototype_logits(q, positive, negative, clustering, mask_duplicates=True)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
+    torch.testing.assert_close(accuracy, (logits.argmax(dim=1) == target).float().mean())
+    assert ours < prototype_loss(q, index, [clustering] * 2, r=100)[0]
+    ours.backward()
+    assert q.grad.isfinite().all()
+
+
 def test_prototype_loss_is_the_mean_over_granularities():
     clusterings = [random_clustering(20, k, 8) for k in (6, 9)]  # r is larger: no randomness left but the order
     q, index = unit(4, 8, dim=1).requires_grad_(), torch.tensor([0, 5, 10, 15])
@@ -102,6 +129,6 @@ def test_the_losses_do_not_wait_for_the_gpu(k):
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss = F.cross_entropy(*instance_logits(q.requires_grad_(), k, queue, 0.2))
-        (loss + prototype_loss(q, index, [clustering], r=64)[0]).backward()
+        (loss + prototype_loss(q, index, [clustering], r=64, mask_duplicates=True)[0]).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

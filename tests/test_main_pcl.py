@@ -185,6 +185,38 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
 
 
 @pytest.mark.slow
+def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(image_folder, tmp_path):
+    long = ["--epochs", 6, "--save-freq", 1, "--monitor-freq", 0, "--kmeans-every", 3]
+    run(image_folder, "--exp-dir", tmp_path / "whole", *long)
+    assert [r["epoch"] for r in records_of(tmp_path / "whole") if "kmeans_seconds" in r] == [1, 4]
+    assert all("loss_prototype" in r for r in records_of(tmp_path / "whole") if r.get("epoch", 0) > 0 and "seconds" in r)
+    # The third epoch is over: the fourth has the clusters of the second, the fifth gets new ones.
+    shutil.copytree(
+        tmp_path / "whole", tmp_path / "part", ignore=lambda *_: ["checkpoint_0003.pth.tar", "checkpoint_0004.pth.tar"]
+    )
+    (tmp_path / "part" / "checkpoint_0005.pth.tar").unlink()
+    (tmp_path / "part" / "log.jsonl").unlink()
+    run(image_folder, "--exp-dir", tmp_path / "part", *long, "--resume", "auto")
+    assert [r["epoch"] for r in records_of(tmp_path / "part") if "kmeans_seconds" in r] == [4]
+    for epoch in (3, 5):
+        assert_same(weights(tmp_path / "part", epoch), weights(tmp_path / "whole", epoch))
+    # With an E-step at each epoch again, the kept clusters do not count.
+    run(image_folder, "--exp-dir", tmp_path / "other", *long, "--kmeans-every", 1, "--resume",
+        tmp_path / "whole" / "checkpoint_0002.pth.tar")  # fmt: skip
+    assert [r["epoch"] for r in records_of(tmp_path / "other") if "kmeans_seconds" in r] == [3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_with_all_that_small_data_needs_comes_to_its_end(image_folder, finished, tmp_path):
+    small = "-a resnet18 --image-size 16 --epochs 2 --monitor-freq 0"
+    options = "--small-stem --bn-splits 2 --mask-duplicates --kmeans-every 2 --proto-weight 0.5"
+    run(image_folder, "--exp-dir", tmp_path, *small.split(), *options.split())
+    assert weights(tmp_path, 1)["state_dict"]["module.encoder_k.conv1.weight"].shape == (64, 3, 3, 3)
+    last = [r for r in records_of(tmp_path) if "seconds" in r][-1]
+    assert last["loss"] == pytest.approx(last["loss_instance"] + 0.5 * last["loss_prototype"])
+
+
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "train" / "a" / "07.png").write_bytes(b"")
@@ -324,6 +356,9 @@ WRONG = {
     "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
     "an option of another k-means": ("{images}", "--kmeans-tf32", "it is an option of --kmeans sharded"),
     "pictures among the images": ("{flat}", "--exp-dir {flat}/run", "lies among the images"),
+    "no stem to replace": ("{images}", "--small-stem", "--small-stem: shufflenet_v2_x0_5 does not begin with"),
+    "groups that do not divide a batch": ("{images}", "--bn-splits 3", "--bn-splits 3: a process's batch has 8 images"),
+    "groups of one image": ("{images}", "--bn-splits 4 --nproc 2", "--bn-splits 4: a process's batch has 4 images"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
@@ -385,7 +420,8 @@ def test_the_defaults_are_the_published_ones():
         "arch": "resnet50", "epochs": 200, "start_epoch": 0, "batch_size": 256, "lr": 0.03, "schedule": [120, 160],
         "momentum": 0.9, "wd": 1e-4, "print_freq": 100, "low_dim": 128, "pcl_r": 16384, "moco_m": 0.999,
         "temperature": 0.2, "mlp": False, "aug_plus": False, "cos": False, "num_cluster": [25000, 50000, 100000],
-        "warmup_epoch": 20, "image_size": 224,
+        "warmup_epoch": 20, "image_size": 224, "small_stem": False, "bn_splits": 1, "mask_duplicates": False,
+        "kmeans_every": 1, "proto_weight": 1.0,
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     assert str(args["exp_dir"]) == "experiment_pcl"
