@@ -32,6 +32,7 @@ from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine
 from pcl.metrics import topk_accuracy
 
 RESULTS = Path("Linear_eval")  # as published
+LAST = "checkpoint.pth.tar"
 
 
 def get_parser() -> cli.Parser:
@@ -79,17 +80,20 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     cli.check_output(parser, args)
     if args.evaluate and not args.resume:
         parser.error("--evaluate: name the finished probe with --resume")
+    folder, automatic = RESULTS / args.id, args.resume == "auto"
+    if automatic:
+        args.resume = str(folder / LAST) if (folder / LAST).exists() else ""
     try:
         state = open_probe(args, train.classes).state
     except checkpoint.CheckpointError as error:
         parser.error(str(error))
-    folder = RESULTS / args.id
     if state:
+        args.evaluate |= automatic and state["epoch"] >= args.epochs  # nothing else is left to do
         if state["epoch"] >= args.epochs and not args.evaluate:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not automatic and folder.is_dir() and any(folder.iterdir()):
         parser.error(f"--id {args.id}: {folder} holds another run; name another, or give --resume to go on with it")
 
 
@@ -241,7 +245,7 @@ def save(
     classes: list[str],
     args: argparse.Namespace,
 ) -> None:
-    """Write checkpoint.pth.tar, and model_best.pth.tar if this epoch is the best so far: a whole torchvision classifier."""
+    """Write the last checkpoint, and model_best.pth.tar if this epoch is the best so far: a whole torchvision classifier."""
     if not is_main():
         return
     network = model.backbone.state_dict() | {f"fc.{name}": value for name, value in model.head.state_dict().items()}
@@ -257,7 +261,7 @@ def save(
         "seed": args.seed,
         "deterministic": args.deterministic,
     }
-    checkpoint.save(RESULTS / args.id / "checkpoint.pth.tar", state)
+    checkpoint.save(RESULTS / args.id / LAST, state)
     if history[-1]["test_acc"] == state["best_acc1"]:
         checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)
 

@@ -57,7 +57,7 @@ from pcl.loader import (
     read_tensor,
     share_of_rank,
 )
-from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, versions
+from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
 from pcl.monitor import Monitor, keep_e_step
@@ -189,7 +189,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
-    record = RunLog(args.exp_dir, vars(args), TensorBoard(args.exp_dir / "tensorboard"))
+    record = RunLog(args.exp_dir, vars(args), args.exp_dir / "tensorboard")
     on_device = args.augment_on == "device"
     view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
     train_set = IndexedFolder(args.images, TwoViews(view), args.seed, read_tensor if on_device else read_image)

@@ -1,4 +1,6 @@
-"""Memory and speed of `--kmeans sharded` for two million images in two processes on the CPU: python benchmarks/sharded_memory.py
+"""Memory and speed of `--kmeans sharded` for two million images in two processes on the CPU.
+
+    python benchmarks/sharded_memory.py
 
 From the speed it reckons what an E-step of more images would take on more processes that are as fast.
 """

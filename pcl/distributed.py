@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -114,7 +115,12 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: no traceback from a process that is still importing
+        # What is ignored is inherited: Python's own helper process lives on when a signal reaches all ..
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        for number in set(SIGNALS) - {signal.SIGINT}:  # .. and Ctrl-C gives no traceback of one that is still importing.
+            signal.signal(number, before[number])
         processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
@@ -172,8 +178,9 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
                 _watch.leave()
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
                 _watch.wait_for_reason()
-            _watch.tell_failure(reason_of(error))
-            raise
+            if _watch.tell_failure(reason_of(error)):
+                raise
+            raise SystemExit(1) from None
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
 
 

@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from pcl.distributed import RunError, available_cores, get_world_size, is_main, mean_over_ranks
 
+PATIENCE = 15.0  # seconds to wait for a run that is about to leave an experiment's folder
+
 
 def log(message: str) -> None:
     """Print from the main process only, beside a progress bar if there is one."""
@@ -72,15 +74,15 @@ class Meters:
         return {"steps": self.steps, "sums": sums}
 
 
-def claim(folder: Path, patience: float = 15) -> Any:
+def claim(folder: Path) -> Any:
     """Keep other runs out of an experiment's folder for as long as the returned file is open and this process lives.
 
-    The lock of a process that was killed is gone with it; `patience` seconds are given to one that is about to end.
+    The lock of a process that was killed is gone with it; `PATIENCE` is had with one that is about to end.
 
     Raises:
         RunError: another run has it.
     """
-    file, end = (folder / ".lock").open("a"), time.monotonic() + patience
+    file, end = (folder / ".lock").open("a"), time.monotonic() + PATIENCE
     while True:
         try:
             # A lock of the process alone: the forked workers of a loader, which may outlive it by seconds, have no part in it.
@@ -102,15 +104,16 @@ class RunLog:
     Args:
         folder: made if need be.
         args: of the run.
-        board: also shows what `figures` is given.
+        board: folder of TensorBoard's files, which also show what `figures` is given.
     """
 
-    def __init__(self, folder: Path, args: dict[str, Any], board: TensorBoard | None = None) -> None:
-        self.path, self.board = folder / "log.jsonl", board
+    def __init__(self, folder: Path, args: dict[str, Any], board: Path | None = None) -> None:
+        self.path = folder / "log.jsonl"
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = claim(folder)
             _end_last_line(self.path)
+        self.board = TensorBoard(board) if board else None
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
 
     def write(self, **record: Any) -> None:
@@ -128,7 +131,7 @@ class RunLog:
 
 def _end_last_line(path: Path) -> None:
     """A process that was killed may have left half a line, which is not to spoil the next one."""
-    if path.exists() and not path.read_bytes()[-1:] in (b"", b"\n"):
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with path.open("a") as file:
             file.write("\n")
 
@@ -223,7 +226,9 @@ class StepProgress:
             if self.bar.disable:
                 left = (self.steps - done) * self.images / rate
                 waiting = f"{self.waited / (now - self.start):.0%} waiting for data"
-                log(f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s ({waiting})  {left:.0f} s left")
+                log(
+                    f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s ({waiting})  {left:.0f} s left"
+                )
 
     def close(self, meters: Meters, **more: float) -> dict[str, float]:
         """End the epoch: its means over all ranks, with `more`, are printed and recorded. Every rank must call it."""

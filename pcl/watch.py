@@ -129,14 +129,15 @@ class Watch:
             self._silence = SILENCE / 8
             time.sleep(SILENCE / 2)
 
-    def tell_failure(self, reason: str) -> None:
-        """Let the other processes end with the reason of this one's failure."""
+    def tell_failure(self, reason: str) -> bool:
+        """Let the other processes end with the reason of this one's failure; False if one of this machine was first."""
+        first = {"rank": self._rank, "node": self._node, "reason": reason}
         if self._store:
-            record = json.dumps({"rank": self._rank, "node": self._node, "reason": reason})
             with suppress(RuntimeError):
-                self._store.compare_set("failure", "", record)
+                first = json.loads(self._store.compare_set("failure", "", json.dumps(first)))
             if self._rank == 0:
                 time.sleep(3)  # the store ends with this process; the others look at it every second
+        return first["rank"] == self._rank or first["node"] != self._node
 
     def close(self) -> None:
         """Stop watching, and handle signals as before."""

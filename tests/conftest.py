@@ -16,6 +16,7 @@ from PIL import Image
 
 from pcl import distributed
 from pcl.builder import MoCo
+from pcl.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -101,6 +102,28 @@ def run_script(module, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
         module.main()
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal to the bit, through dictionaries and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def weights(exp_dir, epoch=2):
+    state = load(exp_dir / f"checkpoint_{epoch:04d}.pth.tar")
+    return {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer", "seed")}
 
 
 def save_result(args, **result):

@@ -6,7 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pcl import logs
-from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, log, show
+from pcl.logs import Meters, RunLog, StepProgress, log, show
 
 
 def test_meters_are_means():
@@ -50,7 +50,7 @@ def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
 
 
 def test_the_time_that_a_loader_needs_is_told_apart(tmp_path):
-    record = RunLog(tmp_path, {}, TensorBoard(tmp_path))
+    record = RunLog(tmp_path, {}, tmp_path)
     progress = StepProgress("epoch 1/1", 3, 8, print_freq=9, record=record, epoch=4)
 
     def slow_loader():

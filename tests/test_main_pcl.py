@@ -4,12 +4,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_same, run_script, weights
 
 import main_pcl
 from pcl.checkpoint import load
@@ -26,28 +24,6 @@ def run(*options, tiny=TINY):
 
 def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Equal to the bit, through dictionaries and lists."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def weights(exp_dir, epoch=2):
-    state = load(exp_dir / f"checkpoint_{epoch:04d}.pth.tar")
-    return {name: state[name] for name in ("epoch", "arch", "state_dict", "optimizer", "seed")}
 
 
 def records_of(exp_dir):
@@ -263,37 +239,6 @@ def test_collapsed_features_are_warned_of(image_folder, tmp_path, capsys, monkey
     run(image_folder, "--exp-dir", tmp_path, "--epochs", 2)
     out = capsys.readouterr().out
     assert out.count("warning: the features of all images are almost the same") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_killing_the_launcher_ends_its_processes(image_folder, tmp_path):
-    command = [sys.executable, "main_pcl.py", *TINY.split(), "--epochs", "1000", "--nproc", "2", str(image_folder)]
-    with (tmp_path / "out").open("w") as out:
-        launcher = subprocess.Popen([*command, "--exp-dir", str(tmp_path / "run")], cwd=ROOT, stdout=out, stderr=out)
-    try:
-        wait_until(lambda: "epoch 1/1000" in (tmp_path / "out").read_text(), 120)
-        children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-        assert len(children) >= 2
-    finally:
-        launcher.kill()
-        launcher.wait()
-    wait_until(lambda: not any(running(pid) for pid in children), 20)
-
-
-def running(pid):
-    """Whether there is such a process, and it has not ended (a dead one stays listed until somebody asks for its result)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(holds, seconds):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

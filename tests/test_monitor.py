@@ -11,7 +11,7 @@ from pcl.builder import MoCo
 from pcl.checkpoint import load
 from pcl.clustering import Clustering
 from pcl.loader import IndexedFolder, center_view, make_loader, normalize
-from pcl.logs import RunLog, TensorBoard
+from pcl.logs import RunLog
 from pcl.metrics import leave_one_out_accuracy
 from pcl.monitor import LAST_E_STEP, Monitor, keep_e_step
 
@@ -28,7 +28,7 @@ def images(six_classes):
 
 @pytest.fixture
 def record(tmp_path):
-    return RunLog(tmp_path, {}, TensorBoard(tmp_path / "tensorboard"))
+    return RunLog(tmp_path, {}, tmp_path / "tensorboard")
 
 
 def last_record(tmp_path):

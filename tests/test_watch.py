@@ -1,0 +1,224 @@
+"""Signals, failures and silence, in processes of their own: what a run of days meets."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_same, run_script, weights
+from PIL import Image
+
+import main_pcl
+from pcl import distributed, watch
+from pcl.checkpoint import LAST, load
+from pcl.distributed import RunError, get_rank
+from pcl.watch import INTERRUPTED, PREEMPTED
+
+SETTINGS = "-a shufflenet_v2_x0_5 --image-size 32 -b 4 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 2 "
+SETTINGS += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1 --lr 0.001 --monitor-freq 0"
+
+
+class Run:
+    """`python main_pcl.py`, as a user starts it: leader of processes that Ctrl-C reaches all."""
+
+    def __init__(self, images, exp_dir, *options):
+        self.exp_dir, self.out = exp_dir, exp_dir.with_suffix(".out")
+        command = [sys.executable, "main_pcl.py", str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+    def ranks(self):
+        """Process ids of its training processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def wait_for(self, text, seconds=120):
+        end = time.monotonic() + seconds
+        while text not in self.out.read_text():
+            assert self.process.poll() is None, self.out.read_text()
+            assert time.monotonic() < end, self.out.read_text()
+            time.sleep(0.05)
+
+    def end(self, seconds=60):
+        """Its exit code and what it printed; no process of it may be left."""
+        code = self.process.wait(seconds)
+        end = time.monotonic() + 20
+        while left := [pid for pid in processes_of(self.process.pid) if running(pid)]:
+            assert time.monotonic() < end, f"{left} still run"
+            time.sleep(0.1)
+        return code, self.out.read_text()
+
+
+def processes_of(session):
+    """Ids of all processes that a session leader has started and that did not start a session of their own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session:
+            found.append(int(folder.name))
+    return found
+
+
+def running(pid):
+    """Whether there is such a process, and it has not ended (a dead one stays listed until somebody asks for its result)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """DIR with train/ of 65 noisy images: an epoch of 16 steps, long enough to be met in its middle."""
+    root = tmp_path_factory.mktemp("noise")
+    (root / "train").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (65, 36, 36, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(root / "train" / f"{i:02d}.png")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("number", "code", "nproc"),
+    [
+        (signal.SIGTERM, PREEMPTED, 2),
+        (signal.SIGUSR1, PREEMPTED, 2),
+        (signal.SIGINT, INTERRUPTED, 2),
+        (signal.SIGUSR1, PREEMPTED, 1),
+    ],
+    ids=["SIGTERM to the launcher", "SIGUSR1 to all", "Ctrl-C", "a single process"],
+)
+def test_a_signal_ends_all_processes_saved(images, tmp_path, number, code, nproc):
+    run = Run(images, tmp_path / "run", "--nproc", str(nproc))
+    run.wait_for("epoch 2/2  step 2/16")
+    start = time.monotonic()
+    (os.kill if number == signal.SIGTERM else os.killpg)(run.process.pid, number)
+    ended, out = run.end()
+    assert time.monotonic() - start < 30
+    assert (ended, out.count("stopped and saved: go on with --resume auto")) == (code, 1), out
+    assert not any(word in out for word in ("Traceback", "rror", "KeyboardInterrupt")), out
+    saved = load(run.exp_dir / LAST)
+    assert (saved["epoch"], len(saved["clusterings"])) == (1, 2)
+    assert 2 <= saved["steps"] < 16
+    if number == signal.SIGTERM:
+        whole = Run(images, tmp_path / "whole", "--nproc", "2")
+        again = Run(images, tmp_path / "run", "--nproc", "2", "--resume", "auto")
+        for code, out in (whole.end(200), again.end(200)):
+            assert code == 0, out
+        assert_same(weights(again.exp_dir, 1), weights(whole.exp_dir, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("victim", ["launcher", "process 0", "process 1"])
+def test_a_process_that_is_killed_takes_the_others_with_it(images, tmp_path, victim):
+    run = Run(images, tmp_path / "run", "--nproc", "2", "--epochs", "1000")
+    run.wait_for("epoch 1/1000  step 1")
+    ranks = sorted(run.ranks())
+    assert len(ranks) == 2
+    os.kill({"launcher": run.process.pid, "process 0": ranks[0], "process 1": ranks[1]}[victim], signal.SIGKILL)
+    code, out = run.end()
+    assert code not in (0, PREEMPTED)
+    if victim != "launcher":
+        assert f"main_pcl.py: error: {victim} was ended by SIGKILL; the others were stopped" in out
+    assert "Traceback" not in out
+    assert not list(run.exp_dir.glob("checkpoint_0*"))  # nothing that could be taken for a finished epoch
+
+
+def fall_silent(device, args):
+    distributed._watch._silence = 4
+    if get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def fail_alone(device, args):
+    if get_rank() == 1:
+        raise RunError("the sky is falling")
+    torch.distributed.all_reduce(torch.zeros(1))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("worker", "reason"), [(fall_silent, "process 1 no longer answers"), (fail_alone, "process 1: the sky is falling")]
+)
+def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, worker, reason):
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        two_ranks(worker)
+    assert stop.value.code == 1
+    assert time.monotonic() - start < 50
+    err = capfd.readouterr().err
+    assert err.count(reason) == 1
+    assert "Traceback" not in err
+
+
+def meeting(**options):
+    usual = {"nproc": 1, "gpu": None, "world_size": 1, "rank": 0, "dist_backend": "nccl", "seed": 0, "deterministic": True}
+    return Namespace(**usual | {"dist_timeout": 2} | options)
+
+
+def test_a_port_in_use_and_a_node_that_stays_away_are_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=rf"--dist-url tcp://127.0.0.1:{port}: the port is in use; name another one"):
+            distributed.launch(pytest.fail, meeting(dist_url=f"tcp://127.0.0.1:{port}"))
+    url = f"tcp://127.0.0.1:{distributed._free_port()}"
+    with pytest.raises(RunError, match=r"1 of 2 processes came within 2 s \(--dist-timeout\); start every node"):
+        distributed.launch(pytest.fail, meeting(world_size=2, dist_url=url))
+    with pytest.raises(RunError, match="process 0 did not answer within 2 s"):
+        distributed.launch(pytest.fail, meeting(world_size=2, rank=1, dist_url=url))
+
+
+def test_signals_are_handled_as_before_once_the_watch_is_closed():
+    before = {number: signal.getsignal(number) for number in watch.SIGNALS}
+    watching = watch.Watch()
+    assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+    with watching.guarded():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end = time.monotonic() + 10
+        while not watching.asked:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert watching.exit_code == PREEMPTED
+        watching.close()
+    assert {number: signal.getsignal(number) for number in watch.SIGNALS} == before
+
+
+HOLDER = (
+    "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_exclude_each_other(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pcl.logs.PATIENCE", 0.1)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(SystemExit) as stop:
+        run_script(main_pcl, image_folder, *SETTINGS.split(), "--exp-dir", tmp_path)
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        f"main_pcl.py: error: another run is writing into {tmp_path}; wait for its end, or name another folder\n"
+    )
+    assert os.listdir(tmp_path) == [".lock"]
+    other.communicate(b"\n")
+    run_script(main_pcl, image_folder, *SETTINGS.split(), "--exp-dir", tmp_path, "--epochs", "1")
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["args"]["epochs"] == 1
