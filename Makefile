@@ -1,11 +1,14 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
 # make bench  measures what is faster here than in the published code, into benchmarks/results.md
+# make replicate  compares PCL with MoCo on CIFAR-10, in hours, into benchmarks/replication/ (DATA=DIR: on images of your own;
+#             QUICK=1: in minutes, to see that it works)
 
 PYTHON ?= python3
 DATA ?=
+QUICK ?=
 
-.PHONY: demo test bench format
+.PHONY: demo test bench replicate format
 
 demo: .venv/installed
 	.venv/bin/python benchmarks/demo.py $(if $(DATA),--data "$(DATA)")
@@ -18,6 +21,9 @@ test: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py
+
+replicate: .venv/installed
+	.venv/bin/python benchmarks/replicate.py $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
 format: .venv/installed
 	.venv/bin/ruff format .

@@ -163,7 +163,9 @@ def test_two_event_files_of_the_same_second_are_two(tmp_path, monkeypatch):
 
 
 def test_the_head_starts_as_published(pretrained):
-    args = Namespace(resume="", pretrained=str(pretrained), random_init=False, pixels=False, arch=None, image_size=64)
+    args = Namespace(
+        resume="", pretrained=str(pretrained), random_init=False, pixels=False, small_stem=False, arch=None, image_size=64
+    )
     probe = eval_cls_imagenet.open_probe(args, [str(c) for c in range(1000)])
     assert isinstance(probe, Probe)
     assert float(probe.head.weight.detach().std()) == pytest.approx(0.01, rel=0.01)

@@ -1,0 +1,212 @@
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import demo
+import replicate
+import replication_report
+
+KNN = {"lr0.06": 3, "lr0.12": 2, "r2048": 5, "k50-100-200": 9, "w10": 4}  # what a run's name is worth to choosing
+
+
+def stand_in(run):
+    """The result of a run that was not made."""
+    result = {"run": run.name, "method": run.method, "seed": run.seed, "data": run.data, "seconds": 1, "machine": "none"}
+    if run.method.startswith("probe-"):
+        return result | {"accuracy": {"0.003": 1, "0.03": 2, "0.3": 3}}
+    knn = sum(worth for part, worth in KNN.items() if part in run.name.split("_"))
+    names = ["kNN", "k = 1", "k = 2", *(f"probe {percent} %" for percent in replicate.PROBES)]
+    return result | {"figures": dict.fromkeys(names, float(knn)), "gradient_ratio": 1.5}
+
+
+def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
+    results, done = {}, []
+    while ready := [run for run in replicate.queue(replicate.FULL, results) if run.ready and run.name not in results]:
+        results[ready[0].name] = stand_in(ready[0])
+        done.append(ready[0])
+    assert len({run.name for run in done}) == len(done) == len(replicate.queue(replicate.FULL, results))
+    choosing = [run for run in done if run.data == "choose"]
+    assert {run.seed for run in choosing} == {replicate.CHOICE_SEED}
+    assert not {run.seed for run in done if run.data == "final"} & {replicate.CHOICE_SEED}
+    assert [run.method for run in choosing[:9]] == ["moco-v2"] * 4 + ["pcl-v2"] * 5
+    assert [run.options.split("--lr ")[1] for run in choosing[:5]] == [
+        "0.03 --pcl-r 512",
+        "0.06 --pcl-r 512",
+        "0.12 --pcl-r 512",
+        "0.06 --pcl-r 2048",
+        "0.06 --pcl-r 2048 --num-cluster 125,250,500 --warmup-epoch 5",
+    ]
+    final = {run.name: run for run in done}
+    chosen = "--lr 0.06 --pcl-r 2048"
+    assert final["pcl-v1_seed4"].options == f"--schedule 12 16 {chosen} --num-cluster 50,100,200 --warmup-epoch 10"
+    assert final["moco-v2_seed0"].options == f"--mlp --aug-plus --cos {chosen}"
+    assert "--lr 0.09 " in final["moco-v2-lr_seed0"].options  # 1.5 times
+    assert {run.probe_lr for run in done if run.data == "final"} == {0.3}
+    main = [run.name for run in done if "_seed" in run.name and run.method in ("moco-v2", "pcl-v2", "moco-v2-lr", "moco-v1")]
+    assert main[:3] == ["moco-v2_seed0", "pcl-v2_seed0", "moco-v2-lr_seed0"]
+    assert main.index("pcl-v2_seed4") < main.index("moco-v1_seed0")
+
+
+def test_the_options_of_every_run_parse():
+    for plan in (replicate.FULL, replicate.QUICK, replicate.GPU):
+        for run in replicate.queue(plan, {}):
+            options = f"{replicate.BASE} --epochs {plan.epochs} {plan.options} {run.options}"
+            replicate.main_pcl.get_parser().parse_args(["DIR", *options.split()])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "out").mkdir()
+    return Namespace(work=tmp_path / "work", out=tmp_path / "out", jobs=2)
+
+
+def python(text, *arguments):
+    return [sys.executable, "-S", "-c", text, *map(str, arguments)]
+
+
+def test_all_is_worked_off_whatever_fails_and_nothing_twice(folders, capsys):
+    write = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+
+    def command(run):
+        if run.name in broken:
+            return python("raise SystemExit(3)")
+        return python(write, folders.out / f"{run.name}.json", json.dumps(stand_in(run)))
+
+    broken = {"random_seed0"}
+    assert replicate.work_off(replicate.QUICK, folders, command) == ["random_seed0"]
+    out = capsys.readouterr().out
+    assert "random_seed0  0.0 min  failed with exit code 3  " in out
+    assert out.count("kNN 0.00 %") == 3
+    before = {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}
+    broken = set()
+    assert replicate.work_off(replicate.QUICK, folders, command) == []
+    assert {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}.items() > before.items()
+    assert len(before) == 3
+    assert capsys.readouterr().out.count("\n") == 1
+
+    broken = {"choose_moco-v2_lr0.12_r512"}  # nothing can be chosen then
+    waiting = replicate.work_off(replicate.FULL, Namespace(**vars(folders) | {"jobs": 8}), command)
+    assert "choose_moco-v2_lr0.12_r512" in waiting
+    assert "pcl-v2_seed1" in waiting
+    assert "pixels_seed4" not in waiting
+
+
+def test_a_stop_ends_all_processes(folders):
+    started = []
+
+    def command(run):
+        started.append(folders.work / f"{run.name}.pid")
+        return python("import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)", started[-1])
+
+    def stop():
+        while len(started) < 2 or not all(path.exists() and path.read_text() for path in started):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    with pytest.raises(SystemExit) as stopped:
+        replicate.work_off(replicate.QUICK, folders, command)
+    assert stopped.value.code == 130
+    assert len(started) == 2
+    for path in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+def test_intervals_are_those_of_a_paired_t_test():
+    a, b = np.random.default_rng(0).normal(50, 3, (2, 5))
+    expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+    mean, std, half = replication_report.spread(a - b)
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+    assert std == pytest.approx(np.std(a - b, ddof=1))
+    scores = {name: {s: {"kNN": value} for s, value in enumerate(values)} for name, values in (("A", a), ("B", b))}
+    scores["B"][7] = {"kNN": 1e9}  # a seed that A lacks
+    row = replication_report.table_of_differences(scores, [("A", "B"), ("A", "C")])[-1]
+    assert row == f"| A minus B | 5 | {mean:+.1f} [{expected.low:.1f}, {expected.high:.1f}] |"
+
+
+def test_a_download_becomes_an_image_folder(tmp_path, monkeypatch):
+    class Fetched(list):
+        classes = ("T-shirt/top", "bag")
+
+        def __init__(self, root, train, download):
+            super().__init__([(Image.new("L", (4, 4), label), label) for label in ((0, 1, 1) if train else (1, 0))])
+
+    monkeypatch.setattr(replicate.torchvision.datasets, "FashionMNIST", Fetched)
+    replicate.download("fashion", tmp_path / "fashion")
+    found = sorted(str(path.relative_to(tmp_path / "fashion")) for path in tmp_path.rglob("*.png"))
+    shirt = "T-shirt or top"
+    assert found == [f"train/{shirt}/00000.png", "train/bag/00001.png", "train/bag/00002.png",
+                     f"val/{shirt}/00001.png", "val/bag/00000.png"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monkeypatch, capfd):
+    def in_this_process(command):
+        monkeypatch.setattr(sys, "argv", [*command[1:]])
+        importlib.import_module(Path(command[1]).stem).main()
+        return Namespace(returncode=0)
+
+    def work_off(plan, args, command):
+        for run in replicate.queue(plan, {}):
+            replicate.carry_out(run, plan, args, extra)
+        return []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.subprocess, "run", in_this_process)
+    monkeypatch.setattr(replicate, "work_off", work_off)
+    monkeypatch.setattr(replicate, "PROBES", {100: "--epochs 1 --schedule 1"})
+    monkeypatch.setattr(replicate.eval_svm_voc, "SHOTS", (1, 2))
+    extra = "-b 8 --epochs 2 --pcl-r 20 --num-cluster 3,5".split()  # noqa: SIM905
+    options = ["--quick", "--data", six_classes, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    run_script(replicate, *options, *extra)
+    out = tmp_path / "work" / "quick" / "results"
+    results = replication_report.results_in(out)
+    assert list(results) == ["moco-v2_seed0", "pcl-v2_seed0", "pixels_seed0", "random_seed0"]
+    for result in results.values():
+        assert list(result["figures"]) == ["kNN", "k = 1", "k = 2", "NMI", "AMI", "probe 100 %"]
+        assert all(0 <= value <= 100 for name, value in result["figures"].items() if name != "AMI")
+    assert "torch" in results["pcl-v2_seed0"]["versions"]
+    known, validation, test = (
+        {path.resolve() for path in (tmp_path / "work" / "quick" / part).rglob("*.png")}
+        for part in ("final/train", "choose/val", "final/val")
+    )
+    assert (len(known), len(validation), len(test)) == (18, 18, 18)
+    assert not known & validation
+    assert {path.resolve() for path in (tmp_path / "work" / "quick" / "choose/train").rglob("*.png")} == known
+    table = (out / "table.md").read_text()
+    assert "| pcl-v2 minus moco-v2 | 1 | " in table
+    assert (out / "low_shot.png").exists()
+    (out / "table.md").unlink()
+    run_script(replicate, *options, "--report")
+    assert (out / "table.md").read_text() == table
+
+    # The prototype term of weight 0 adds nothing to the gradient, and one of weight 1 something.
+    folder, ratios = tmp_path / "work" / "quick" / "runs" / "pcl-v2_seed0", []
+    command = [str(six_classes), *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
+    monkeypatch.setattr(sys, "argv", ["main_pcl.py", *command, "--exp-dir", str(tmp_path / "again")])
+    replicate.main_pcl.main()
+    trained = tmp_path / "again" / "checkpoint_0001.pth.tar"
+    for weight in ("0", "1"):
+        ratios.append(replicate.gradient_ratio([*command, "--proto-weight", weight], trained, batches=2))
+    assert ratios[0] == 1
+    assert ratios[1] != pytest.approx(1)
+    # What has served is removed; the backbone that was measured is the trained one.
+    assert not list(folder.glob("*.pth.tar"))
+    kept = torch.load(folder / "backbone.pth", weights_only=True)
+    assert kept["conv1.weight"].shape == (64, 3, 7, 7)
