@@ -27,7 +27,9 @@ from pcl.distributed import RunError, available_cores, get_world_size, is_main, 
 def log(message: str) -> None:
     """Print from the main process only, beside a progress bar if there is one."""
     if is_main():
-        tqdm.write(message, file=sys.stdout)
+        # A file's name may hold what the terminal's encoding does not, or be no text at all.
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 
