@@ -29,6 +29,7 @@ from pcl.distributed import (
 )
 from pcl.loader import IndexedFolder, holds_images, visible_folders, why_unreadable
 from pcl.logs import log, track
+from pcl.watch import INTERRUPTED
 
 UNREADABLE = "unreadable.txt"
 LISTED = 20  # unreadable images that are shown; the file has all
@@ -239,7 +240,10 @@ def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: Ind
     reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
     tells = args.rank == 0 and os.environ.get("RANK", "0") == "0"  # there is no group yet to know the main process
     reasons = track(reading, "reading every image", len(paths)) if tells else reading
-    args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+    try:
+        args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "\nstopped before anything was written; without --skip-unreadable images are not read first\n")
     if tells:
         log(f"unreadable and left out: {len(args.unreadable)} of {len(paths)} images")
         for path, reason in list(args.unreadable.items())[:LISTED]:

@@ -98,7 +98,7 @@ def read_image(path: str | Path) -> Image.Image:
 def read_tensor(path: str | Path) -> Tensor:
     """The same as (3, H, W) uint8; a JPEG by torchvision's decoder, which is faster."""
     with _opened(path) as image:
-        # Others differ: torchvision turns no WebP upright, and has a rule of its own for CMYK without Adobe's mark.
+        # Only where both give the same bytes: torchvision turns no WebP upright, for one, and leaves 16 bits.
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not _is_turned(image):
             with suppress(RuntimeError):  # PIL may know better, or say what is wrong
                 return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, save_result
 from PIL import Image
 
 from pcl import cli
+from pcl.distributed import RunError, get_rank
+from pcl.loader import IndexedFolder
 
 
 @pytest.mark.parametrize(
@@ -185,3 +187,37 @@ def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, m
     args.rank = node
     cli.leave_out_unreadable(cli.Parser(""), args, images)
     assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
+
+
+def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    write(tmp_path, "1.png", "2.png")
+    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    monkeypatch.setattr(cli, "why_unreadable", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.leave_out_unreadable(cli.Parser(""), skipping(tmp_path), images)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def compare_images(device, args):
+    found = []
+    for roots in (args.same, args.other):
+        try:
+            cli.check_same_images(IndexedFolder(roots[get_rank()], None))
+            found.append("")
+        except RunError as error:
+            found.append(str(error))
+    save_result(args, found=found)
+
+
+@pytest.mark.dist
+def test_processes_that_find_different_images_are_stopped(tmp_path, two_ranks):
+    write(tmp_path, "one/a/1.png", "two/a/1.png", "three/a/2.png")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for rank, result in enumerate(two_ranks(compare_images, same=(one, two), other=(one, three))):
+        same, other = result["found"]
+        assert same == ""
+        assert other.startswith(f"the processes found different images in {(one, three)[rank]}; give every node the same files")

@@ -71,7 +71,7 @@ def with_alpha(pixels):
 
 
 def palette():
-    image = Image.fromarray((ROWS // 10).astype(np.uint8), "L").convert("P")
+    image = Image.fromarray((ROWS // 10).astype(np.uint8)).convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 8, 7])
     return image
 
