@@ -71,12 +71,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
     if len(train.classes) < 5:
         parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
-    for images, split in ((train, "train"), (val, "val")):
-        count = np.bincount(images.labels, minlength=len(images.classes))
-        if count.min() == 0:
-            parser.error(f"DIR {args.data}: no image in {args.data / split / images.classes[count.argmin()]}")
-    if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
-        parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
+    check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
     if args.evaluate and not args.resume:
         parser.error("--evaluate: name the finished probe with --resume")
@@ -95,6 +90,21 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif not automatic and folder.is_dir() and any(folder.iterdir()):
         parser.error(f"--id {args.id}: {folder} holds another run; name another, or give --resume to go on with it")
+    if args.evaluate:
+        cli.leave_out_unreadable(parser, args, val)
+    else:
+        check_numbers(parser, args, *cli.leave_out_unreadable(parser, args, train, val))
+
+
+def check_numbers(parser: cli.Parser, args: argparse.Namespace, train: IndexedFolder, val: IndexedFolder) -> None:
+    """Stop if a class has no image, or a process has none."""
+    for images, split in ((train, "train"), (val, "val")):
+        count = np.bincount(images.labels, minlength=len(images.classes))
+        if count.min() == 0:
+            kind = "image that can be read" if args.unreadable else "image"
+            parser.error(f"DIR {args.data}: no {kind} in {args.data / split / images.classes[count.argmin()]}")
+    if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
+        parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
 
 
 @dataclass
@@ -137,8 +147,9 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
 def probe(device: torch.device, args: argparse.Namespace) -> None:
     """Train and score, in each process of the group."""
     seed_everything(args.seed)  # random weights are to be the same on every rank
-    train_set = IndexedFolder(args.data / "train", crop_view(args.image_size), args.seed)
-    val_set = IndexedFolder(args.data / "val", center_view(args.image_size))
+    roots = [(args.data / split).resolve() for split in ("train", "val")]
+    train_set = IndexedFolder(roots[0], crop_view(args.image_size), args.seed, skip=args.unreadable)
+    val_set = IndexedFolder(roots[1], center_view(args.image_size), skip=args.unreadable)
     model = open_probe(args, train_set.classes)
     model.backbone.to(device).requires_grad_(False)
     model.head.to(device)
@@ -146,6 +157,10 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     log(f"machine: {describe_machine()}")
     cli.note_image_size(args)
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
+    for images in (train_set, val_set):
+        cli.check_same_images(images)
+        if remark := images.remark():
+            log(f"note: {remark}")
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.
     start = time.monotonic()
@@ -168,6 +183,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         optimizer.load_state_dict(model.state["optimizer"])
         args.start_epoch, history = model.state["epoch"], model.state["history"]
     record = RunLog(RESULTS / args.id, vars(args))
+    cli.keep_unreadable(RESULTS / args.id, args)
     board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
     untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
 

@@ -1,4 +1,4 @@
-"""Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/, DIR/train or DIR.
+"""Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/, DIR/<class>/ or DIR.
 
 PCL v2 on ImageNet, one node with eight GPUs (PCL v1: without --mlp --aug-plus --cos):
 
@@ -68,7 +68,8 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/*.jpg, or images alone")
+    parser.add_argument("data", type=Path, metavar="DIR",
+                        help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images alone")
     cli.add_training_arguments(
         parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
     )
@@ -144,14 +145,11 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     cli.check_launch(parser, args)
     cli.check_batch(parser, args)
     images = cli.open_folder(parser, args.data, "train", labelled=False)
-    num_images, args.images = len(images), images.root.resolve()  # pictures may be drawn from elsewhere
+    args.images = images.root
+    check_number(parser, args, len(images))
     batch = cli.global_batch(args)
-    if num_images < batch:
-        parser.error(f"--batch-size: {batch} images in a step, but {args.images} holds {num_images}; lower it")
     if args.pcl_r < batch:
         parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
-    if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
-        parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
     if args.kmeans == "super" and args.low_dim < 32:
         parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
     if args.kmeans_tf32 and args.kmeans != "sharded":
@@ -181,10 +179,23 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     elif not automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
-    if not images.classes and args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
+    if args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
     if args.exp_dir.exists() and not args.exp_dir.is_dir():
         parser.error(f"--exp-dir {args.exp_dir} is a file; name a folder")
+    if args.start_epoch < args.epochs:
+        val = val_folder(args)
+        images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))
+        check_number(parser, args, len(images))
+
+
+def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) -> None:
+    """Stop if there are fewer images than a batch or the clusters need."""
+    batch = cli.global_batch(args)
+    if num_images < batch:
+        parser.error(f"--batch-size: {batch} images in a step, but {args.images} holds {num_images}; lower it")
+    if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
+        parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
 
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
@@ -192,7 +203,10 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     record = RunLog(args.exp_dir, vars(args), args.exp_dir / "tensorboard")
     on_device = args.augment_on == "device"
     view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
-    train_set = IndexedFolder(args.images, TwoViews(view), args.seed, read_tensor if on_device else read_image)
+    read = read_tensor if on_device else read_image
+    train_set = IndexedFolder(args.images, TwoViews(view), args.seed, read, skip=args.unreadable)
+    cli.check_same_images(train_set)
+    cli.keep_unreadable(args.exp_dir, args)
     center_set = train_set.with_transform(center_view(args.image_size, tensors=on_device))
     batch, workers = cli.batch_and_workers(args)
     sampler = EpochSampler(train_set, args.seed)
@@ -479,17 +493,24 @@ def save(
         checkpoint.save(last, state)
 
 
+def val_folder(args: argparse.Namespace) -> IndexedFolder | None:
+    """The images of DIR/val/<class>/, for the monitor; None if there are none."""
+    root = (args.data / "val").resolve()
+    if args.monitor_freq == 0 or args.images == args.data.resolve() or not root.is_dir():
+        return None
+    try:
+        return IndexedFolder(root, center_view(args.image_size), skip=args.unreadable)
+    except OSError:
+        return None
+
+
 def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
     """This rank's share of the images of DIR/val/<class>/, for the monitor; None if they cannot tell anything.
 
     At most an eighth of the number of training images, so that looking costs little beside training.
     """
-    root = args.data / "val"
-    if args.monitor_freq == 0 or args.images == args.data.resolve() or not root.is_dir():
-        return None
-    try:
-        images = IndexedFolder(root, center_view(args.image_size))
-    except FileNotFoundError:
+    images = val_folder(args)
+    if images is None:
         return None
     chosen = np.random.default_rng(0).permutation(len(images))[: num_images // 8]
     images = images.subset(np.sort(chosen))
@@ -519,6 +540,8 @@ def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, devic
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
+    if remark := images.remark():
+        log(f"note: {remark}")
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")

@@ -5,18 +5,36 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
+from joblib import Parallel, delayed
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, architectures, backbone, load_backbone, takes_small_stem, trained_at
-from pcl.distributed import FORESEEN, available_cores, launch, launched_outside, local_processes, reason_of, total_processes
-from pcl.loader import IndexedFolder, holds_images
-from pcl.logs import log
+from pcl.distributed import (
+    FORESEEN,
+    RunError,
+    available_cores,
+    is_main,
+    launch,
+    launched_outside,
+    local_processes,
+    reason_of,
+    same_on_all,
+    total_processes,
+)
+from pcl.loader import IndexedFolder, holds_images, visible_folders, why_unreadable
+from pcl.logs import log, track
+from pcl.watch import INTERRUPTED
+
+UNREADABLE = "unreadable.txt"
+LISTED = 20  # unreadable images that are shown; the file has all
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +76,10 @@ def add_training_arguments(
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
     group.add_argument("--resume", default="", metavar="PATH",
                        help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
+    group.add_argument("--skip-unreadable", action="store_true",
+                       help="read every image first; list those that cannot be read, and leave them out")
     # fmt: on
+    parser.set_defaults(unreadable={})  # what --skip-unreadable leaves out, path and reason
 
 
 def add_launch_arguments(parser: Parser) -> None:
@@ -186,23 +207,89 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -> IndexedFolder:
     """The images of data/split/<class>/, without a transform; stops if there are none.
 
-    Without `labelled`, they may also lie in data/split, or in data itself.
+    Without `labelled`, they may also lie in data/split, and where there is no such folder, in data/<class>/ or in data itself.
     """
     if not data.is_dir():
         parser.error(f"DIR {data}: no such folder")
-    root = data / split
-    if not root.is_dir():
-        if labelled or not holds_images(data):
-            straight = "" if labelled else f", or straight into {data} if they have no labels"
-            parser.error(f"DIR {data}: it has no folder {split}/; put the images into {root}/<class>/{straight}")
-        root = data
     try:
-        images = IndexedFolder(root, lambda image: image)
-    except FileNotFoundError as error:
-        parser.error(f"DIR {data}: {error}; put the images into {root}/<class>/")
+        root = data / split
+        if not root.is_dir():
+            root = data
+            if (labelled or not holds_images(data)) and (remedy := _remedy_for(data, split, labelled)):
+                parser.error(f"DIR {data}: it has no folder {split}/{remedy}")
+        images = IndexedFolder(root.resolve(), lambda image: image)
+    except FileNotFoundError:
+        parser.error(f"DIR {data}: no image in {root}/<class>/; put JPEG, PNG or other images there")
+    except OSError as error:
+        parser.error(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable, or move it away")
     if labelled and not images.classes:
         parser.error(f"DIR {data}: images lie in {root} itself; put them into {root}/<class>/, which names their label")
     return images
+
+
+def _remedy_for(data: Path, split: str, labelled: bool) -> str:
+    """What to do about a folder without data/split; empty if its own folders will do as classes."""
+    folders = visible_folders(data)
+    around = data.resolve().parent
+    for other in [data / name for name in folders] + [around] * labelled:
+        if (other / split).is_dir():
+            return f", but {other} has; give that one"
+    if labelled or not folders or "val" in folders:
+        straight = "" if labelled else f", or straight into {data} if they have no labels"
+        return f"; put the images into {data / split}/<class>/{straight}"
+    return ""
+
+
+def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: IndexedFolder) -> list[IndexedFolder]:
+    """What is left of each folder without the images that cannot be read, if --skip-unreadable asks for that.
+
+    Lists them, and keeps paths and reasons in `args.unreadable`; stops if nothing is left.
+    """
+    if not args.skip_unreadable:
+        return list(folders)
+    paths = [images.path(i) for images in folders for i in range(len(images))]
+    # Under an outside launcher each process of a node is here.
+    threads = max(1, available_cores() // (local_processes(args) if launched_outside() else 1))
+    reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
+    tells = args.rank == 0 and os.environ.get("RANK", "0") == "0"  # there is no group yet to know the main process
+    reasons = track(reading, "reading every image", len(paths)) if tells else reading
+    try:
+        args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "\nstopped before anything was written; without --skip-unreadable images are not read first\n")
+    if tells:
+        log(f"unreadable and left out: {len(args.unreadable)} of {len(paths)} images")
+        for path, reason in list(args.unreadable.items())[:LISTED]:
+            log(f"  {path}: {reason}")
+        if len(args.unreadable) > LISTED:
+            log(f"  and {len(args.unreadable) - LISTED} more; {UNREADABLE} beside the checkpoints will name all")
+    kept = [
+        images.subset(np.array([i for i in range(len(images)) if images.path(i) not in args.unreadable], dtype=int))
+        for images in folders
+    ]
+    for images, before in zip(kept, folders, strict=True):
+        if not len(images):
+            parser.error(f"DIR {args.data}: none of the {len(before)} images of {before.root} can be read")
+    return kept
+
+
+def keep_unreadable(folder: Path, args: argparse.Namespace) -> None:
+    """Write the list of images that are left out into the experiment's folder, a path and the reason in each line."""
+    if is_main() and args.unreadable:
+        lines = [f"{path}\t{reason}\n" for path, reason in args.unreadable.items()]
+        (folder / UNREADABLE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def check_same_images(images: IndexedFolder) -> None:
+    """Stop unless all processes, on all nodes, have found the same images; every rank must call it.
+
+    Raises:
+        RunError: they have not.
+    """
+    if not same_on_all(images.digest()):
+        raise RunError(
+            f"the processes found different images in {images.root}; give every node the same files, and start again"
+        )
 
 
 def global_batch(args: argparse.Namespace) -> int:

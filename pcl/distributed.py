@@ -346,6 +346,12 @@ def add_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def same_on_all(number: int) -> bool:
+    """Whether every rank has this number; every rank must call it."""
+    differs = broadcast(torch.tensor(number)) != number
+    return not add_over_ranks(differs.int())
+
+
 def wait_for_main() -> None:
     """Wait, for days if need be, until every rank is here: after what the main process does alone."""
     if dist.is_initialized():

@@ -118,8 +118,8 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     """The images that the run trained on; None, with a line that says so, if they are no longer there."""
     folder = arguments.get("images", "")
     try:
-        images = IndexedFolder(folder, lambda image: image)
-    except FileNotFoundError:
+        images = IndexedFolder(folder, lambda image: image, skip=arguments.get("unreadable", {}))
+    except OSError:
         images = None
     if images is None or len(images) != len(last["labels"]):
         print(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
@@ -243,8 +243,9 @@ def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: In
 
 
 def plain(text: str, longest: int = 24) -> str:
-    """Text as matplotlib shows it: no formulas between dollars; a leading underscore would hide it from a legend."""
-    return (" " * text.startswith("_") + text[:longest]).replace("$", r"\$")
+    """Text as matplotlib shows it: no formulas between dollars, no name in no encoding; a first underscore would hide it."""
+    text = text[:longest].encode("utf-8", "replace").decode()
+    return (" " * text.startswith("_") + text).replace("$", r"\$")
 
 
 def thumbnail(path: str, side: int = 96) -> Image.Image:

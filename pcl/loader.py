@@ -10,7 +10,8 @@ import copy
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
@@ -19,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, make_dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -45,43 +46,134 @@ class UnreadableImageError(RunError, OSError):
 
 def holds_images(folder: str | Path) -> bool:
     """Whether an image lies in the folder itself."""
+    return bool(_list_folder(str(folder))[1])
+
+
+def visible_folders(folder: str | Path) -> list[str]:
+    """Names of the folders in the folder, sorted, without hidden ones."""
+    return sorted(os.path.basename(path) for path in _list_folder(str(folder))[0])
+
+
+def find_images(folder: str) -> list[str]:
+    """Paths of the images in the folder and below, in torchvision's order.
+
+    Links are followed, but not back to a folder that they lie in. What is hidden (its name starts with a dot) is no image:
+    such are the files `._photo.jpg` that macOS leaves beside photos.
+    """
+    return [os.path.join(place, name) for place, names in sorted(_walk(folder)) for name in names]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+    """The folder and each below it, with the names of its images."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:  # a link in a circle
+        return
+    below, images = _list_folder(folder)
+    yield folder, images
+    for path in below:
+        yield from _walk(path, above | {identity})
+
+
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Paths of the folders in it, and names of its images, sorted; a link to nowhere that is called like one counts as one."""
+    folders, images = [], []
     with os.scandir(folder) as entries:
-        return any(entry.is_file() and entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                images.append(entry.name)
+    return folders, sorted(images)
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image as RGB; UnreadableImageError if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many kinds, the same remedy for all
-        raise UnreadableImageError(f"cannot read the image {path}: {error}; mend or remove the file") from error
+    """The image as RGB, upright; of several frames the first. UnreadableImageError if it cannot be decoded whole."""
+    with _opened(path) as image:
+        return _upright_rgb(image)
 
 
 def read_tensor(path: str | Path) -> Tensor:
-    """The same as (3, H, W) uint8; by torchvision's decoders, which are faster, where they know the format."""
-    with suppress(RuntimeError):
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
-        if image.dtype == torch.uint8 and image.dim() == 3:  # neither 16 bits a channel nor animated
-            return image
-    return pil_to_tensor(read_image(path))
+    """The same as (3, H, W) uint8; a JPEG by torchvision's decoder, which is faster."""
+    with _opened(path) as image:
+        # Only where both give the same bytes: torchvision turns no WebP upright, for one, and leaves 16 bits.
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not _is_turned(image):
+            with suppress(RuntimeError):  # PIL may know better, or say what is wrong
+                return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+        return pil_to_tensor(_upright_rgb(image))
+
+
+def why_unreadable(path: str | Path) -> str:
+    """Why `read_image` fails, in a few words; empty if it does not."""
+    try:
+        read_image(path)
+    except UnreadableImageError as error:
+        return _reason(error.__cause__)
+    return ""
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The opened file; whatever goes wrong inside is an UnreadableImageError."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders raise errors of many kinds, the same remedy for all
+        raise UnreadableImageError(f"cannot read the image {path}: {_reason(error)}; mend or remove the file") from error
+
+
+def _reason(error: BaseException | None) -> str:
+    """One line that does not repeat the file's name."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file (removed meanwhile, or a link to nowhere)"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty, or no image of a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF data ask for it to be turned to stand upright."""
+    with suppress(Exception):  # such data need not make sense
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image."""
+    image.load()
+    with suppress(Exception):  # EXIF data that make no sense turn nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    # Pillow's own conversion of these cuts off at 255, which leaves white. A PGM, or an older Pillow's PNG, has 16 bits in I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are signed, 32-bit or floating-point numbers of no known range; save it with 8 or 16 bits")
+    image.info.pop("transparency", None)  # is dropped, as published; Pillow would warn of that
+    return image.convert("RGB")
 
 
 class IndexedFolder(Dataset):
     """Images of `root/<class>/..`, in torchvision's order, each with its index.
 
-    Where images lie in `root` itself, there are no classes: all images below it are one set without labels.
+    Where images lie in `root` itself, there are no classes: all images below it are one set without labels. Links are
+    followed; hidden files and folders are left out.
 
     Args:
         root: the folder.
         transform: from what `read` gives to what is returned.
         seed: of what the transform draws.
         read: from a path to an image; by default PIL's, in RGB.
+        skip: paths of images to leave out, as `path` gives them.
 
     `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` those of epoch 0.
 
     Raises:
         FileNotFoundError: no folder, or no image in it.
+        OSError: a folder that cannot be listed.
         UnreadableImageError: on reading an image.
     """
 
@@ -91,19 +183,23 @@ class IndexedFolder(Dataset):
         transform: Callable[[Any], Any],
         seed: int = 0,
         read: Callable[[str], Any] = read_image,
+        skip: Collection[str] = (),
     ) -> None:
         self.root = Path(root)
         self.classes: list[str] = []  # none: without labels
         if holds_images(root):
-            samples = make_dataset(str(root), {"": 0}, IMG_EXTENSIONS)
+            found = [find_images(str(root))]
         else:
-            found = ImageFolder(root, allow_empty=True)
-            self.classes, samples = found.classes, found.samples
-        if not samples:
+            self.classes = visible_folders(root)
+            found = [find_images(os.path.join(root, name)) for name in self.classes]
+        if not any(found):
             raise FileNotFoundError(f"no image in {root}/<class>/ (files called {', '.join(IMG_EXTENSIONS)})")
-        self.labels = np.array([label for _, label in samples])  # (N,)
+        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])  # (N,)
         # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
-        self._paths = np.array([os.fsencode(path) for path, _ in samples])  # (N,) bytes
+        self._paths = np.array([os.fsencode(path) for paths in found for path in paths])  # (N,) bytes
+        if skip:
+            kept = ~np.isin(self._paths, [os.fsencode(path) for path in skip])
+            self._paths, self.labels = self._paths[kept], self.labels[kept]
         self.transform, self.seed, self.read = transform, seed, read
 
     def with_transform(self, transform: Callable[[Any], Any]) -> IndexedFolder:
@@ -125,10 +221,28 @@ class IndexedFolder(Dataset):
         """Of the image's file."""
         return os.fsdecode(self._paths[index])
 
+    def digest(self) -> int:
+        """A number that is most likely another one for other images: of their names below the root, in order."""
+        return zlib.crc32(b"\0".join(self._paths.tolist()).replace(os.fsencode(self.root) + b"/", b""))
+
+    def remark(self) -> str:
+        """How labels come from folders that one may have meant otherwise; empty where images lie in class folders."""
+        depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
+        if not self.classes and depth.max() > 1:
+            return f"images lie in {self.root} itself: those in the folders below it are one set with them, without labels"
+        if self.classes and depth.min() > 2:
+            folders = f"the folders of {self.root} ({len(self.classes)})"
+            return f"the classes are {folders}; all images lie deeper, in folders below them"
+        return ""
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with random_numbers_of(self.seed, epoch, index):
-            return self.transform(self.read(self.path(index))), index
+            try:
+                image = self.read(self.path(index))
+            except UnreadableImageError as error:
+                raise UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable") from error
+            return self.transform(image), index
 
 
 @contextmanager

@@ -29,7 +29,9 @@ PATIENCE = 15.0  # seconds to wait for a run that is about to leave an experimen
 def log(message: str) -> None:
     """Print from the main process only, beside a progress bar if there is one."""
     if is_main():
-        tqdm.write(message, file=sys.stdout)
+        # A file's name may hold what the terminal's encoding does not, or be no text at all.
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 

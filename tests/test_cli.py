@@ -1,11 +1,16 @@
+import os
 from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, save_result
+from PIL import Image
 
 from pcl import cli
 from pcl.checkpoint import CheckpointError
+from pcl.distributed import RunError, get_rank
+from pcl.loader import IndexedFolder
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,173 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 def test_batches_are_totals_over_a_node():
     args = Namespace(batch_size=256, nproc=4, gpu=None, world_size=3)
     assert cli.global_batch(args) == 768
+
+
+def write(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name, "png")
+
+
+# Images below DIR -> what pre-training takes: the folder, its classes and the number of images.
+SHAPES = {
+    "classes in train": (["train/a/1.png", "train/b/2.png", "val/a/3.png"], "train", ["a", "b"], 2),
+    "classes": (["a/1.png", "b/2.png", "b/3.png"], "", ["a", "b"], 3),
+    "nested classes": (["train/x/a/1.png", "train/x/b/2.png", "train/y/c/3.png"], "train", ["x", "y"], 3),
+    "images in train": (["train/1.png", "train/2.png"], "train", [], 2),
+    "images in train beside folders": (["train/1.png", "train/a/2.png"], "train", [], 2),
+    "images": (["1.png", "2.png"], "", [], 2),
+    "images beside folders": (["1.png", "trip/2.png", "trip/train/3.png"], "", [], 3),
+    "what is hidden beside classes": ([".x.png", "a/1.png", ".trash/train/2.png", "b/.3.png"], "", ["a", "b"], 1),
+}
+
+
+@pytest.mark.parametrize(("names", "below", "classes", "number"), SHAPES.values(), ids=SHAPES)
+def test_the_shape_of_a_folder_is_recognised(tmp_path, names, below, classes, number):
+    write(tmp_path, *names)
+    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    assert (images.root, images.classes, len(images)) == (tmp_path / below, classes, number)
+
+
+def test_a_folder_may_be_named_by_a_link_or_from_where_one_stands(tmp_path, monkeypatch):
+    write(tmp_path, "real/a/1.png", "real/b/1.png")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "train").symlink_to(tmp_path / "real")
+    assert cli.open_folder(cli.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
+    monkeypatch.chdir(tmp_path / "real")
+    images = cli.open_folder(cli.Parser(""), Path("."), "train", labelled=False)
+    assert (images.root, images.classes) == (tmp_path / "real", ["a", "b"])
+
+
+LACKS = "{}: it has no folder train/"
+
+# Images below DIR, the folder that is named, whether labels are needed, and what is said of it.
+MISSHAPEN = {
+    "a folder around it": (["imagenet/train/a/1.png"], "", False, f"{LACKS}, but {{}}/imagenet has; give that one"),
+    "the same for labels": (["imagenet/train/a/1.png"], "", True, f"{LACKS}, but {{}}/imagenet has; give that one"),
+    "train itself for labels": (["train/a/1.png"], "/train", True, "{}/train: it has no folder train/, but {} has; give that"),
+    "val alone": (["val/a/1.png"], "", False, f"{LACKS}; put the images into {{}}/train/<class>/, or straight into {{}} if"),
+    "nothing": ([".a/1.png"], "", False, f"{LACKS}; put the images into {{}}/train/<class>/, or straight into {{}} if"),
+    "classes for labels": (["a/1.png"], "", True, f"{LACKS}; put the images into {{}}/train/<class>/\n"),
+    "images for labels": (["train/1.png"], "", True, "{}: images lie in {}/train itself; put them into {}/train/<class>/"),
+    "nothing but hidden images": (["a/._1.png"], "", False, "{}: no image in {}/<class>/; put JPEG, PNG or other images there"),
+    "no images in train": (["train/a/.1.png", "1.png"], "", False, "{}: no image in {}/train/<class>/"),
+}
+
+
+@pytest.mark.parametrize(("names", "below", "labelled", "message"), MISSHAPEN.values(), ids=MISSHAPEN)
+def test_a_folder_of_another_shape_is_one_line_with_its_remedy(tmp_path, capsys, names, below, labelled, message):
+    write(tmp_path, *names)
+    with pytest.raises(SystemExit) as stop:
+        cli.open_folder(cli.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"error: DIR {message.replace('{}', str(tmp_path))}" in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, capsys, monkeypatch):
+    def scandir(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    write(tmp_path, "train/a/1.png", "train/b/2.png")
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SystemExit):
+        cli.open_folder(cli.Parser(""), tmp_path, "train")
+    assert f"{tmp_path}/train/b cannot be listed: Permission denied; make it readable" in capsys.readouterr().err
+
+
+def skipping(folder, **options):
+    return Namespace(skip_unreadable=True, unreadable={}, data=folder, rank=0, nproc=1, gpu=None, **options)
+
+
+def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
+    write(tmp_path, *[f"train/{c}/{i:02d}.png" for c in "ab" for i in range(30)], *[f"val/a/{i}.png" for i in range(3)])
+    gone = [f"train/a/{i:02d}.png" for i in range(2, 30)]
+    for name in gone:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
+    (tmp_path / "val" / "a" / "2.png").unlink()
+    (tmp_path / "val" / "a" / "2.png").symlink_to("nowhere")
+    train, val = (cli.open_folder(cli.Parser(""), tmp_path, split) for split in ("train", "val"))
+    args = skipping(tmp_path)
+    kept = cli.leave_out_unreadable(cli.Parser(""), args, train, val)
+    assert [len(images) for images in kept] == [32, 2]
+    assert kept[0].labels.tolist() == [0] * 2 + [1] * 30
+    assert list(args.unreadable) == [str(tmp_path / name) for name in [*gone, "val/a/2.png"]]
+
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "unreadable and left out: 29 of 63 images"
+    assert [line.split(": ")[0] for line in lines] == [f"  {tmp_path / name}" for name in gone[:20]]
+    assert all(line.split(": ")[1] for line in lines)
+    assert last == "  and 9 more; unreadable.txt beside the checkpoints will name all"
+    cli.keep_unreadable(tmp_path, args)
+    text = (tmp_path / "unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in text] == list(args.unreadable)
+    assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a link to nowhere)"
+
+    args.skip_unreadable = False
+    assert [len(images) for images in cli.leave_out_unreadable(cli.Parser(""), args, train, val)] == [60, 3]
+
+
+def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
+    (tmp_path / "caf\udce9.jpg").write_bytes(b"")
+    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    args = skipping(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.leave_out_unreadable(cli.Parser(""), args, images)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "caf\\udce9.jpg: it is empty, or no image of a known format" in out
+    assert f"DIR {tmp_path}: none of the 1 images of {tmp_path} can be read" in err
+    cli.keep_unreadable(tmp_path, args)
+    assert (tmp_path / "unreadable.txt").read_bytes().startswith(os.fsencode(tmp_path) + b"/caf\xe9.jpg\t")
+
+
+@pytest.mark.parametrize(("rank", "node", "tells"), [("0", 0, True), ("3", 0, False), (None, 1, False)])
+def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, monkeypatch, rank, node, tells):
+    write(tmp_path, "1.png")
+    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    if rank:
+        for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+    args = skipping(tmp_path)
+    args.rank = node
+    cli.leave_out_unreadable(cli.Parser(""), args, images)
+    assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
+
+
+def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    write(tmp_path, "1.png", "2.png")
+    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    monkeypatch.setattr(cli, "why_unreadable", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.leave_out_unreadable(cli.Parser(""), skipping(tmp_path), images)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def compare_images(device, args):
+    found = []
+    for roots in (args.same, args.other):
+        try:
+            cli.check_same_images(IndexedFolder(roots[get_rank()], None))
+            found.append("")
+        except RunError as error:
+            found.append(str(error))
+    save_result(args, found=found)
+
+
+@pytest.mark.dist
+def test_processes_that_find_different_images_are_stopped(tmp_path, two_ranks):
+    write(tmp_path, "one/a/1.png", "two/a/1.png", "three/a/2.png")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for rank, result in enumerate(two_ranks(compare_images, same=(one, two), other=(one, three))):
+        same, other = result["found"]
+        assert same == ""
+        assert other.startswith(f"the processes found different images in {(one, three)[rank]}; give every node the same files")

@@ -15,6 +15,7 @@ from pcl.distributed import (
     gather_interleaved,
     get_rank,
     mean_over_ranks,
+    same_on_all,
     seed_everything,
     shared_map,
 )
@@ -67,6 +68,7 @@ def ask_the_group(device, args):
     rows = gather_interleaved(torch.arange(rank, 7, 2)[:, None].float(), 7)
     squares = shared_map(lambda job: (job * job, os.getpid()), [1, 2, 3, 4, 5], cost=[1, 2, 3, 4, 5])
     save_result(args, rank=rank, device=str(device), seed=args.seed, drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
+                alike=[same_on_all(7), same_on_all(7 + rank)],
                 squares=[s for s, _ in squares], owners=len({pid for _, pid in squares}))  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks):
         assert result["mean"] == [0.5]
         assert result["squares"] == [1, 4, 9, 16, 25]
         assert result["owners"] == 2
+        assert result["alike"] == [True, False]
         seed_everything(0 + rank)
         assert result["drawn"] == float(torch.rand(()))
     assert results[0]["drawn"] != results[1]["drawn"]

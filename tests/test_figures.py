@@ -93,7 +93,7 @@ def test_a_few_images_without_labels_are_enough(tmp_path, count):
 
 @pytest.mark.filterwarnings("error")
 def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
-    names = ["_hidden", "$a$b$", "x" * 200, *(f"class {i:02d}" for i in range(20))]
+    names = ["_hidden", "$a$b$", "x" * 200, "z\udce9 no UTF-8", *(f"class {i:02d}" for i in range(20))]
     for i, name in enumerate(names):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(tmp_path / "images" / name / "0.png")
@@ -102,8 +102,9 @@ def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
     figures.draw(exp_dir)
     (axes,) = figures.tsne(figures.checkpoint.load(exp_dir / "e_step.pth.tar")).axes
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend[0] == "13 other classes"
+    assert legend[0] == "14 other classes"
     assert len(legend) == 11
+    assert "z? no UTF-8" in legend
 
 
 def test_images_that_have_gone_leave_the_other_pictures(six_classes, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from pcl import loader
 from pcl.loader import (
@@ -19,6 +21,8 @@ from pcl.loader import (
     normalize,
     random_numbers_of,
     random_view,
+    read_image,
+    read_tensor,
     share_of_rank,
 )
 
@@ -50,6 +54,282 @@ def test_images_without_class_folders_are_one_set_without_labels(image_folder, t
     assert [Path(folder.path(i)).relative_to(tmp_path).as_posix() for i in range(3)] == ["a.jpg", "b.JPG", "deeper/below/c.jpg"]
     assert (folder.classes, folder.labels.tolist()) == ([], [0, 0, 0])
     assert len(IndexedFolder(image_folder / "train" / "a", np.asarray)) == 10
+
+
+ROWS, COLUMNS = np.mgrid[:40, :60]
+PIXELS = np.stack([COLUMNS * 4, ROWS * 6, COLUMNS + ROWS * 2], axis=-1).astype(np.uint8)
+GRAY = (ROWS * 6).astype(np.uint8)
+DEEP = (ROWS * 1600 + COLUMNS).astype(np.uint16)  # 16 bits: up to 62,459 of 65,535
+
+
+def rgb(gray):
+    return np.stack([gray] * 3, axis=-1)
+
+
+def with_alpha(pixels):
+    return Image.fromarray(np.concatenate([pixels, ((COLUMNS > 30) * 200)[..., None].astype(np.uint8)], axis=-1))
+
+
+def palette():
+    image = Image.fromarray((ROWS // 10).astype(np.uint8)).convert("P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 8, 7])
+    return image
+
+
+PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]])[ROWS // 10]
+FRAMES = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+WHOLE = {"save_all": True, "append_images": FRAMES[1:]}
+CMYK = Image.merge("CMYK", [*(Image.fromarray(255 - PIXELS[..., i]) for i in range(3)), Image.new("L", (60, 40), 0)])
+BLACKENED = Image.merge("CMYK", [*CMYK.split()[:3], Image.new("L", (60, 40), 128)])
+
+# How it is saved -> the pixels that a person expects, within so many levels.
+KINDS = {
+    "a.jpg": (Image.fromarray(PIXELS), {"quality": 95}, PIXELS, 6),
+    "A.JPEG": (Image.fromarray(PIXELS), {"quality": 95, "progressive": True}, PIXELS, 6),
+    "gray.jpg": (Image.fromarray(GRAY), {"quality": 95}, rgb(GRAY), 3),
+    "cmyk.jpg": (CMYK, {"quality": 95}, PIXELS, 6),
+    "dark cmyk.jpg": (BLACKENED, {"quality": 95}, PIXELS * (127 / 255), 6),
+    "cmyk.tiff": (CMYK, {}, PIXELS, 1),
+    "a.png": (Image.fromarray(PIXELS), {}, PIXELS, 0),
+    "gray.png": (Image.fromarray(GRAY), {}, rgb(GRAY), 0),
+    "two levels.png": (Image.fromarray(GRAY > 99), {}, rgb(255 * (GRAY > 99)), 0),
+    "palette.png": (palette(), {}, PALETTE, 0),
+    "transparent palette.png": (palette(), {"transparency": b"\x00\x40\xff"}, PALETTE, 0),
+    "one transparent gray.png": (Image.fromarray(GRAY), {"transparency": 60}, rgb(GRAY), 0),
+    "alpha.png": (with_alpha(PIXELS), {}, PIXELS, 0),
+    "gray alpha.png": (with_alpha(GRAY[..., None]), {}, rgb(GRAY), 0),
+    "alpha.webp": (with_alpha(PIXELS), {"lossless": True, "exact": True}, PIXELS, 0),
+    "16 bits.png": (Image.fromarray(DEEP), {}, rgb(DEEP / 257), 0.5),
+    "16 bits.pgm": (Image.fromarray(DEEP), {}, rgb(DEEP / 257), 0.5),
+    "16 bits.tif": (Image.fromarray(DEEP), {}, rgb(DEEP / 257), 0.5),
+    "16 bits big endian.tif": (Image.frombytes("I;16B", (60, 40), DEEP.astype(">u2").tobytes()), {}, rgb(DEEP / 257), 0.5),
+    "moving.png": (FRAMES[0], WHOLE, PIXELS, 0),
+    "moving.webp": (FRAMES[0], WHOLE | {"lossless": True}, PIXELS, 0),
+    "moving.tif": (FRAMES[0], WHOLE, PIXELS, 0),
+    "a.bmp": (Image.fromarray(PIXELS), {}, PIXELS, 0),
+    "a.ppm": (Image.fromarray(PIXELS), {}, PIXELS, 0),
+}
+
+readers = pytest.mark.parametrize("read", [read_image, read_tensor])
+
+
+def pixels_of(read, path):
+    """(H, W, 3) by either reader."""
+    if read is read_image:
+        image = read(path)
+        assert image.mode == "RGB"
+        return np.asarray(image).astype(float)
+    image = read(path)
+    assert image.dtype == torch.uint8
+    return image.permute(1, 2, 0).numpy().astype(float)
+
+
+@readers
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image_looks_as_a_person_expects(tmp_path, name, read):
+    image, options, expected, tolerance = KINDS[name]
+    image.save(tmp_path / name, **options)
+    found = pixels_of(read, tmp_path / name)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance
+
+
+@readers
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_an_image_is_turned_upright(tmp_path, kind, read):
+    """An EXIF orientation says where row 0 and column 0 of what is stored belong."""
+    stored = {
+        1: PIXELS,  # top, left
+        2: PIXELS[:, ::-1],  # top, right
+        3: PIXELS[::-1, ::-1],  # bottom, right
+        4: PIXELS[::-1],  # bottom, left
+        5: PIXELS.transpose(1, 0, 2),  # left, top
+        6: PIXELS.transpose(1, 0, 2)[::-1],  # right, top
+        7: PIXELS.transpose(1, 0, 2)[::-1, ::-1],  # right, bottom
+        8: PIXELS.transpose(1, 0, 2)[:, ::-1],  # left, bottom
+    }
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{kind}"
+        options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(kind, {})
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif, **options)
+        found = pixels_of(read, path)
+        assert found.shape == PIXELS.shape, orientation
+        assert np.abs(found - PIXELS).max() <= (6 if kind == "jpg" else 0), orientation
+    deep, exif = Image.fromarray(np.ascontiguousarray(DEEP[::-1])), Image.Exif()
+    exif[0x0112] = 4
+    deep.save(tmp_path / "deep.png", exif=exif)
+    assert np.abs(pixels_of(read, tmp_path / "deep.png") - rgb(DEEP / 257)).max() <= 0.5
+
+
+@readers
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0MM\0\x2a\0\0\0\x08\0\xff"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_data_that_make_no_sense_turn_nothing(tmp_path, exif, read):
+    Image.fromarray(PIXELS).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    assert np.abs(pixels_of(read, tmp_path / "a.jpg") - PIXELS).max() <= 6
+
+
+def spoilt(folder):
+    """Files that are no whole image, and what is to be said of each."""
+    grain = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    reasons = {}
+    for kind in ("jpg", "png", "bmp", "ppm", "tif", "webp"):
+        Image.fromarray(grain).save(folder / f"whole.{kind}")
+        content = (folder / f"whole.{kind}").read_bytes()
+        for share in (0.02, 0.5, 0.98):
+            path = folder / f"{share:.0%}.{kind}"
+            path.write_bytes(content[: int(share * len(content))])
+            reasons[path.name] = ""
+    for name, content in (("empty.jpg", b""), ("text.png", b"not an image")):
+        (folder / name).write_bytes(content)
+        reasons[name] = "it is empty, or no image of a known format"
+    for name, pixels in (("float.tif", np.float32(DEEP)), ("deeper.tif", np.int32(DEEP))):
+        Image.fromarray(pixels).save(folder / name)
+        reasons[name] = "its pixels are signed, 32-bit or floating-point numbers of no known range"
+    (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
+    (folder / "folder.jpg").mkdir()
+    return reasons | {
+        "nowhere.jpg": "no such file (removed meanwhile, or a link to nowhere)",
+        "itself.jpg": "Too many levels of symbolic links",
+        "folder.jpg": "Is a directory",
+    }
+
+
+@readers
+def test_what_cannot_be_read_whole_is_named_in_one_line(tmp_path, read):
+    for name, reason in spoilt(tmp_path).items():
+        with pytest.raises(UnreadableImageError) as error:
+            read(tmp_path / name)
+        told = str(error.value)
+        assert told.startswith(f"cannot read the image {tmp_path / name}: {reason}")
+        assert told.endswith("; mend or remove the file")
+        assert told.count(str(tmp_path)) == 1
+        assert "\n" not in told
+
+
+def test_a_file_that_vanishes_is_named_with_the_option_that_skips_it(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for workers in (0, 1):
+        folder = IndexedFolder(tmp_path, np.array)
+        (tmp_path / "b.jpg").rename(tmp_path / "moved")
+        with pytest.raises(UnreadableImageError) as error:
+            list(make_loader(folder, range(2), 1, workers))
+        assert str(error.value) == (
+            f"cannot read the image {tmp_path}/b.jpg: no such file (removed meanwhile, or a link to nowhere); "
+            "mend or remove the file, or leave such files out with --skip-unreadable"
+        )
+        (tmp_path / "moved").rename(tmp_path / "b.jpg")
+
+
+def write(root, *names):
+    for name in names:
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, "png")
+
+
+def names_in(folder, root):
+    return [os.path.relpath(folder.path(i), root) for i in range(len(folder))]
+
+
+STRANGE = [
+    "b c/ä ö.png",
+    "b/x.png",
+    "b/deep/x.PNG",
+    "b/deep-er/x.png",
+    "b/deep/a.png",
+    "ほ/猫 1.jpeg",
+    "É/a\tb.png",
+    "b/' \".png",
+]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_names_of_any_alphabet_come_in_torchvision_s_order(tmp_path, flat):
+    write(tmp_path / "set", *STRANGE, "é/caf\udce9.png")  # the last one is no UTF-8
+    expected = ImageFolder(tmp_path if flat else tmp_path / "set").samples
+    if flat:
+        write(tmp_path, "z.png")
+        expected.append((str(tmp_path / "z.png"), 0))
+    folder = IndexedFolder(tmp_path if flat else tmp_path / "set", np.asarray)
+    found = [(folder.path(i), int(folder.labels[i])) for i in range(len(folder))]
+    assert found == sorted(expected, key=lambda s: s[0] != str(tmp_path / "z.png")) if flat else found == expected
+    assert all(folder[i][0].shape == (8, 8, 3) for i in range(len(folder)))
+
+
+HIDDEN = ["._x.png", ".thumbnails/x.png", "a/._x.png", "a/.ipynb_checkpoints/x.png", ".git/a/x.png"]
+
+
+def test_hidden_files_and_folders_hold_no_images(tmp_path):
+    home = tmp_path / ".cache"  # one that lies in a hidden folder is not hidden itself
+    write(home, "a/x.png", "b/x.png", *HIDDEN)
+    (home / ".DS_Store").write_bytes(b"\0")
+    folder = IndexedFolder(home, np.asarray)
+    assert (folder.classes, names_in(folder, home)) == (["a", "b"], ["a/x.png", "b/x.png"])
+    write(home, "x.png")
+    assert names_in(IndexedFolder(home, np.asarray), home) == ["x.png", "a/x.png", "b/x.png"]
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path):
+    write(tmp_path, "store/1.png", "store/deep/2.png", "set/a/0.png", "set/b/0.png")
+    root = tmp_path / "set"
+    (root / "a" / "link.png").symlink_to(tmp_path / "store" / "1.png")
+    (root / "c").symlink_to(tmp_path / "store")
+    (root / "a" / "up").symlink_to(root)
+    (root / "b" / "here").symlink_to(".")
+    (tmp_path / "store" / "deep" / "back").symlink_to(tmp_path / "store")
+    (root / "b" / "none.png").symlink_to("nothing")
+    folder = IndexedFolder(root, np.asarray)
+    assert folder.classes == ["a", "b", "c"]
+    once = ["a/0.png", "a/link.png", "b/0.png", "b/none.png", "c/1.png", "c/deep/2.png"]
+    # From a, the way up leads to b and c, but not to a again.
+    around = ["a/up/b/0.png", "a/up/b/none.png", "a/up/c/1.png", "a/up/c/deep/2.png"]
+    assert sorted(names_in(folder, root)) == sorted(once + around)
+    with pytest.raises(UnreadableImageError, match=r"b/none\.png: no such file"):
+        folder[names_in(folder, root).index("b/none.png")]
+
+
+def test_images_can_be_left_out(tmp_path):
+    write(tmp_path, *STRANGE)
+    whole = IndexedFolder(tmp_path, np.asarray)
+    names = names_in(whole, tmp_path)
+    folder = IndexedFolder(tmp_path, np.asarray, skip=[whole.path(1), whole.path(4), "elsewhere.png"])
+    assert names_in(folder, tmp_path) == [name for i, name in enumerate(names) if i not in (1, 4)]
+    assert folder.labels.tolist() == np.delete(whole.labels, [1, 4]).tolist()
+    assert folder.classes == whole.classes
+    assert folder.digest() != whole.digest()
+
+
+def test_the_digest_is_of_the_names_below_the_root(tmp_path):
+    for root in ("one", "another place"):
+        write(tmp_path / root, *STRANGE)
+    write(tmp_path / "third", *STRANGE[:-1], "b/another.png")
+    digests = [IndexedFolder(tmp_path / root, np.asarray).digest() for root in ("one", "another place", "third")]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("names", "remark"),
+    [
+        (["a/1.png", "b/2.png"], ""),
+        (["a/1.png", "b/deeper/2.png"], ""),
+        (["1.png", "2.png"], ""),
+        (["a/b/1.png", "c/d/2.png"], "the classes are the folders of {root} (2); all images lie deeper, in folders below them"),
+        (
+            ["1.png", "a/2.png"],
+            "images lie in {root} itself: those in the folders below it are one set with them, without labels",
+        ),
+    ],
+)
+def test_labels_that_may_be_meant_otherwise_are_remarked_on(tmp_path, names, remark):
+    root = tmp_path / "deep" / "set"
+    write(root, *names)
+    assert IndexedFolder(root, np.asarray).remark() == remark.format(root=root)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut off"])

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 import time
 
 import pytest
@@ -16,6 +18,16 @@ def test_meters_are_means():
         meters.add(loss=torch.tensor(value, requires_grad=True), acc=torch.tensor(value / 10))
     assert meters.means() == pytest.approx({"loss": 3, "acc": 0.3})
     assert meters.means_over_ranks() == pytest.approx({"loss": 3, "acc": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "Käse 猫 caf\\udce9"), ("latin-1", "Käse \\u732b caf\\udce9"), ("ascii", "K\\xe4se ")]
+)
+def test_a_name_that_cannot_be_shown_is_escaped(monkeypatch, encoding, shown):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    log("Käse 猫 caf\udce9")
+    assert out.getvalue().decode(encoding).startswith(shown)
 
 
 def test_losses_are_shown_with_the_accuracy_in_percent():

@@ -201,8 +201,65 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     torch.distributed.destroy_process_group()
     assert stop.value.code == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"main_pcl.py: error: cannot read the image {tmp_path}/images/train/a/07.png")
-    assert err.count("\n") == 1
+    assert err == (
+        f"main_pcl.py: error: cannot read the image {tmp_path}/images/train/a/07.png: "
+        "it is empty, or no image of a known format; mend or remove the file, or leave such files out with --skip-unreadable\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.dist)])
+def test_a_run_without_its_unreadable_images_is_a_run_that_never_had_them(image_folder, tmp_path, capsys, processes):
+    for name in ("without", "broken"):
+        shutil.copytree(image_folder, tmp_path / name)
+    spoilt = ["train/a/07.png", "train/b/00.png", "val/b/01.png"]
+    for name in spoilt:
+        (tmp_path / "without" / name).unlink()
+    (tmp_path / "broken" / spoilt[0]).write_bytes(b"")
+    content = (tmp_path / "broken" / spoilt[1]).read_bytes()
+    (tmp_path / "broken" / spoilt[1]).write_bytes(content[: len(content) // 2])
+    (tmp_path / "broken" / spoilt[2]).unlink()
+    (tmp_path / "broken" / spoilt[2]).symlink_to("nowhere")
+    options = ["--nproc", processes, "--epochs", 2]
+    run(tmp_path / "without", "--exp-dir", tmp_path / "expected", *options)
+    capsys.readouterr()
+    run(tmp_path / "broken", "--exp-dir", tmp_path / "run", *options, "--skip-unreadable", "--augment-on", "workers")
+    first, *lines = capsys.readouterr().out.splitlines()[:4]
+    assert first == "unreadable and left out: 3 of 31 images"
+    assert [line.split(": ")[0] for line in lines] == [f"  {tmp_path / 'broken' / name}" for name in spoilt]
+    assert_same(weights(tmp_path / "run", 1), weights(tmp_path / "expected", 1))
+    text = (tmp_path / "run" / "unreadable.txt").read_text()
+    assert [line.split("\t")[0] for line in text.splitlines()] == [str(tmp_path / "broken" / name) for name in spoilt]
+    # The pictures show the same images.
+    pictures = [(tmp_path / name / "figures" / "prototypes_5.png").read_bytes() for name in ("run", "expected")]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+def test_names_of_any_alphabet_and_links_make_no_difference(image_folder, tmp_path, capsys):
+    root = tmp_path / "my photos"
+    for folder, name in (("a", "Käse 猫"), ("b", "caf\udce9")):  # the second is no UTF-8
+        (root / name).mkdir(parents=True)
+        for path in (image_folder / "train" / folder).iterdir():
+            (root / name / f"né {path.name}").symlink_to(path)
+    (root / "caf\udce9").rename(root / "éa\udce9")  # to come last, as b does
+    (root / ".DS_Store").write_bytes(b"\0")
+    (root / "Käse 猫" / "._né 00.png").write_bytes(b"\0")
+    run(root, "--exp-dir", tmp_path / "run", "--epochs", 2, "--monitor-freq", 1)
+    run(image_folder / "train", "--exp-dir", tmp_path / "plain", "--epochs", 2)
+    assert_same(weights(tmp_path / "run", 1), weights(tmp_path / "plain", 1))
+    out = capsys.readouterr().out
+    assert f"25 images in 2 folders of {root}," in out
+    assert "pictures could not be drawn" not in out
+    assert load(tmp_path / "run" / "e_step.pth.tar")["classes"] == ["Käse 猫", "éa\udce9"]
+
+
+@pytest.mark.slow
+def test_labels_that_may_be_meant_otherwise_are_told(image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder / "train", tmp_path / "train" / "group")
+    run(tmp_path, "--exp-dir", tmp_path / "run", "--epochs", 1)
+    note = f"note: the classes are the folders of {tmp_path}/train (1); all images lie deeper, in folders below them"
+    assert note in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.slow
@@ -280,7 +337,8 @@ def test_two_processes_train_alike_spawned_on_two_nodes_or_under_torchrun(image_
 
 WRONG = {
     "no such folder": ("nowhere", "", "nowhere: no such folder"),
-    "no train": ("{images}/train", "", "no folder train/"),
+    "no train": ("{images}/..", "", "no folder train/, but"),
+    "a class without images": ("{hollow}", "", "no image in {hollow}/<class>/"),
     "no images": ("{empty}", "", "no image in {empty}/train/<class>/"),
     "no epoch left": ("{images}", "--start-epoch 3", "--start-epoch 3: the epochs of --epochs 3 are 0 to 2"),
     "fewer images than a batch": ("{images}", "-b 26 --pcl-r 30", "--batch-size: 26 images in a step"),
@@ -304,6 +362,9 @@ WRONG = {
     "no stem to replace": ("{images}", "--small-stem", "--small-stem: shufflenet_v2_x0_5 does not begin with"),
     "groups that do not divide a batch": ("{images}", "--bn-splits 3", "--bn-splits 3: a process's batch has 8 images"),
     "groups of one image": ("{images}", "--bn-splits 4 --nproc 2", "--bn-splits 4: a process's batch has 4 images"),
+    "pictures among the classes": ("{images}/train", "--exp-dir {images}/train/run", "lies among the images"),
+    "fewer readable images than a batch": ("{broken}", "--skip-unreadable -b 10", "10 images in a step, but {broken} holds 9"),
+    "fewer readable images than clusters": ("{broken}", "--skip-unreadable --num-cluster 10", "than the 9 images"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
@@ -320,7 +381,11 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     data, options, message = wrong
     (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
     shutil.copytree(image_folder / "train" / "a", tmp_path / "flat")
-    places = {"images": image_folder, "empty": tmp_path / "empty", "flat": tmp_path / "flat", "run": finished}
+    shutil.copytree(tmp_path / "flat", tmp_path / "broken")
+    (tmp_path / "broken" / "00.png").write_bytes(b"")
+    (tmp_path / "hollow" / "class").mkdir(parents=True)
+    places = {"images": image_folder, "run": finished}
+    places |= {name: tmp_path / name for name in ("empty", "flat", "broken", "hollow")}
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
@@ -328,7 +393,10 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
         run("--exp-dir", tmp_path / "new", data.format(**places), *options.format(**places).split())
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    if "--skip-unreadable" in options:
+        assert out.startswith("unreadable and left out: 1 of 10 images\n")
+    else:
+        assert out == ""
     assert err.count("\n") == 1
     assert message.format(**places) in err
     assert (files_below(tmp_path), files_below(finished)) == before
