@@ -12,6 +12,7 @@ The cheapest run, a minute on two CPU cores, on the images that come with the pa
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
+    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
     cli.add_backbone_arguments(parser)
     cli.add_training_arguments(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
     cli.add_launch_arguments(parser)
@@ -47,11 +48,19 @@ def get_parser() -> cli.Parser:
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
     probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
-    probe.add_argument("--id", default="linear", metavar="NAME",
+    probe.add_argument("--id", type=folder_name, default="linear", metavar="NAME",
                        help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
     cli.add_output_argument(parser)
     # fmt: on
     return parser
+
+
+def folder_name(text: str) -> str:
+    """A name below `RESULTS`, in which it stays."""
+    cli.reachable(text and str(RESULTS / f"{text}_tensorboard"))
+    if Path(text).is_absolute() or not Path(text).parts or ".." in Path(text).parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder in {RESULTS}")
+    return text
 
 
 def main() -> None:
@@ -73,6 +82,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
     check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
+    folder = RESULTS / args.id
+    for place in (folder, RESULTS / f"{args.id}_tensorboard"):
+        cli.check_folder(parser, f"--id {args.id}", place)
+    cli.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
     if args.evaluate and not args.resume:
         parser.error("--evaluate: name the finished probe with --resume")
     folder, automatic = RESULTS / args.id, args.resume == "auto"
@@ -88,6 +101,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
+    elif args.start_epoch >= args.epochs:
+        parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     elif not automatic and folder.is_dir() and any(folder.iterdir()):
         parser.error(f"--id {args.id}: {folder} holds another run; name another, or give --resume to go on with it")
     if args.evaluate:
@@ -125,13 +140,18 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
     """
     if not args.resume:
         backbone, source = cli.open_backbone(args)
-        with torch.no_grad():
-            size = backbone(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
+        with torch.no_grad():  # of a copy without numbers, which takes no time however large the images are
+            size = (
+                copy.deepcopy(backbone).to("meta")(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
+            )
         head = nn.Linear(size, len(classes))
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         return Probe(backbone, head, source)
-    network, state = checkpoint.load_probe(args.resume)
+    try:
+        network, state = checkpoint.load_probe(args.resume)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"--resume: {error}") from error
     head, network.fc = network.fc, nn.Identity()
     if args.arch not in (None, state["arch"]):
         raise checkpoint.CheckpointError(f"--resume: {args.resume} holds a {state['arch']}, not a {args.arch}")

@@ -15,7 +15,6 @@ import argparse
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +27,8 @@ from torch import nn
 
 from pcl import checkpoint, cli, voc
 from pcl.builder import extract_features
-from pcl.distributed import available_cores, seed_everything
-from pcl.loader import UnreadableImageError, center_view, make_loader
+from pcl.distributed import RunError, available_cores, seed_everything
+from pcl.loader import center_view, make_loader
 from pcl.logs import describe_machine, log, track, write_result
 from pcl.metrics import average_precision
 
@@ -64,7 +63,7 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
+    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, as far as it is not there")
     cli.add_backbone_arguments(parser)
     parser.add_argument("--low-shot", action="store_true",
@@ -74,8 +73,10 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
-    parser.add_argument("--batch-size", type=cli.positive, default=128, metavar="N", help="images passed through at once")
-    parser.add_argument("--num-workers", type=cli.natural, default=8, metavar="N", help="loader processes, at most one a core")
+    parser.add_argument("--batch-size", type=cli.integer(1, cli.LARGEST_BATCH), default=128, metavar="N",
+                        help="images passed through at once")
+    parser.add_argument("--num-workers", type=cli.integer(0, cli.MOST_PROCESSES), default=8, metavar="N",
+                        help="loader processes, at most one a core")
     cli.add_output_argument(parser)
     # fmt: on
     return parser
@@ -84,21 +85,38 @@ def get_parser() -> cli.Parser:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
+    network, source, train, test = open_all(parser, args)
+    try:
+        evaluate(network, source, train, test, args)
+    except RunError as error:
+        parser.fail(1, str(error))
+
+
+def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:
+    """The network, what it is, training and test images; stops on what cannot work, before anything is computed or written."""
     if not args.download and not args.data.is_dir():
         parser.error(f"DIR {args.data}: no such folder; --download makes it")
+    if args.download:
+        cli.check_folder(parser, "DIR", args.data)
     cli.check_output(parser, args)
+    seed_everything(args.seed)  # random weights are to be the same each time
     try:
-        evaluate(args)
-    except (voc.VOCError, checkpoint.CheckpointError, UnreadableImageError) as error:
+        network, source = cli.open_backbone(args)
+    except checkpoint.CheckpointError as error:
         parser.error(str(error))
+    try:
+        train, test = open_splits(args)
+        check(train, test, max(SHOTS) if args.low_shot else 1)
+    except voc.VOCError as error:
+        parser.error(f"DIR {args.data}: {error}")
+    cli.check_image_size(parser, args, max(len(train), len(test)), len(train) + len(test))
+    return network, source, train, test
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(
+    network: nn.Module, source: dict[str, str], train: voc.VOCSplit, test: voc.VOCSplit, args: argparse.Namespace
+) -> None:
     """Everything that the options ask for."""
-    seed_everything(args.seed)
-    network, source = cli.open_backbone(args)
-    train, test = open_splits(args)
-    check(train, test, max(SHOTS) if args.low_shot else 1)
     log(f"machine: {describe_machine()}")
     cli.note_image_size(args)
     log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")

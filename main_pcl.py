@@ -13,6 +13,7 @@ The cheapest run, a few minutes on two CPU cores after `make demo` has written i
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -68,7 +69,7 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR",
+    parser.add_argument("data", type=cli.path, metavar="DIR",
                         help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images alone")
     cli.add_training_arguments(
         parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
@@ -77,7 +78,7 @@ def get_parser() -> cli.Parser:
     model = parser.add_argument_group("model and loss")
     model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=checkpoint.architectures(),
                        help="a torchvision classifier with an fc head: resnet18, resnet50, wide_resnet50_2, ..")
-    model.add_argument("--low-dim", type=cli.positive, default=128, metavar="C", help="size of the feature")
+    model.add_argument("--low-dim", type=cli.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
     model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
     model.add_argument("--moco-m", type=cli.fraction, default=0.999, metavar="M",
@@ -87,7 +88,7 @@ def get_parser() -> cli.Parser:
     model.add_argument("--mlp", action="store_true", help="a hidden layer in the head (v2)")
     model.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation (v2)")
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
-    model.add_argument("--image-size", type=cli.positive, default=224, metavar="PIXELS",
+    model.add_argument("--image-size", type=cli.integer(1, cli.LARGEST_SIDE), default=224, metavar="PIXELS",
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
     model.add_argument("--augment-on", choices=["workers", "device"], default="workers",
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
@@ -116,7 +117,7 @@ def get_parser() -> cli.Parser:
     small.add_argument("--proto-weight", type=cli.nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
     files = parser.add_argument_group("files")
-    files.add_argument("--exp-dir", type=Path, default=Path("experiment_pcl"), metavar="DIR",
+    files.add_argument("--exp-dir", type=cli.path, default=Path("experiment_pcl"), metavar="DIR",
                        help="checkpoints, log.jsonl, TensorBoard's files and figures")
     files.add_argument("--save-freq", type=cli.positive, default=5, metavar="N",
                        help="epochs between two checkpoints that are kept; the last epoch is always kept")
@@ -150,6 +151,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     batch = cli.global_batch(args)
     if args.pcl_r < batch:
         parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
+    cli.check_memory(parser, f"--pcl-r {args.pcl_r}", args.pcl_r * args.low_dim, "the queue")
+    views = 2 * 3 * args.batch_size * args.image_size**2
+    cli.check_memory(parser, f"--image-size {args.image_size}", views, f"the views of --batch-size {args.batch_size}")
     if args.kmeans == "super" and args.low_dim < 32:
         parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
     if args.kmeans_tf32 and args.kmeans != "sharded":
@@ -162,31 +166,38 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--bn-splits {args.bn_splits}: a process's batch has {own_batch} images; {remedy}")
     if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--cos and --schedule exclude each other; leave one out")
-    automatic = args.resume == "auto"
+    if args.keep_every and not args.keep:
+        parser.error(f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too")
+    cli.check_folder(parser, "--exp-dir", args.exp_dir)
+    automatic, notes, state = args.resume == "auto", [], None
     if automatic:
-        args.resume = str(checkpoint.newest(args.exp_dir) or "")
+        args.resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
     if args.resume:
         try:
-            state = checkpoint.load_for_resume(args.resume, make_model(args), args.arch, map_location="meta")
+            with torch.device("meta"):
+                model = make_model(args)
+            state = checkpoint.load_for_resume(args.resume, model, args.arch, map_location="meta")
         except checkpoint.CheckpointError as error:
             parser.error(f"--resume: {error}")
         args.start_epoch = state["epoch"]
         if args.start_epoch >= args.epochs and not automatic:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
-            args.seed, args.deterministic = state.get("seed"), state.get("deterministic", False)
+            args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     elif not automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
     if args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
-    if args.exp_dir.exists() and not args.exp_dir.is_dir():
-        parser.error(f"--exp-dir {args.exp_dir} is a file; name a folder")
+    for note in notes:  # now that there is no error, which is a line alone
+        print(note, file=sys.stderr)
     if args.start_epoch < args.epochs:
         val = val_folder(args)
         images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))
         check_number(parser, args, len(images))
+        if state and not is_whole(state, len(images), args):
+            parser.error(f"--resume: {args.resume} does not tell what is done of epoch {state['epoch'] + 1}; name another file")
 
 
 def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) -> None:
@@ -269,6 +280,36 @@ class Begun:
             return cls()
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
         return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device) if state["steps"] else Meters())
+
+
+def is_whole(state: dict[str, Any], num_images: int, args: argparse.Namespace) -> bool:
+    """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes and dtypes tell."""
+    if "terms" not in state:
+        return not state["steps"]
+    wanted, terms = terms_of_epoch(num_images, args), state["terms"]
+    lists_or_counts = checkpoint.is_list_of(checkpoint.is_count), checkpoint.is_count
+    if not checkpoint.is_dict(terms) or not all(any(holds(v) for holds in lists_or_counts) for v in terms.values()):
+        return False
+    if terms != wanted:
+        return True  # nothing more is read
+    sizes = args.num_cluster if state["epoch"] >= args.warmup_epoch else []
+    clusterings = [
+        {
+            "im2cluster": ((num_images,), torch.int64),
+            "prototypes": ((k, args.low_dim), torch.float32),
+            "concentration": ((k,), torch.float32),
+        }
+        for k in sizes
+    ]
+    try:
+        found = [{name: (tuple(v.shape), v.dtype) for name, v in c.items()} for c in state["clusterings"]]
+        meters = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
+        steps, sums = meters["steps"], meters["sums"]
+        numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
+    except (KeyError, TypeError, AttributeError):
+        return False
+    fits = found == clusterings and state["steps"] * wanted["batch"] <= num_images
+    return fits and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])
 
 
 def terms_of_epoch(num_images: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,25 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def newest(folder: Path) -> Path | None:
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def newest(folder: Path, tell: Callable[[str], None] = _warn) -> Path | None:
     """The checkpoint in a run's folder from which least is to be done; None without any.
 
-    One that cannot be opened is told of and passed over.
+    One that cannot be opened is passed over, of which `tell` is given a line.
     """
     found = []
     for path in folder.glob(NAMES):
         try:
             state = load(path, map_location="meta")
         except CheckpointError as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            tell(f"passed over: {error}")
             continue
-        if isinstance(state.get("epoch"), int):
-            found.append((state["epoch"], state.get("steps", 0), path))
+        epoch, steps = state.get("epoch"), state.get("steps", 0)
+        if is_count(epoch) and is_count(steps):
+            found.append((epoch, steps, path))
     return max(found)[2] if found else None
 
 
@@ -96,14 +102,22 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
         CheckpointError: no such file, or not a checkpoint that opens with `weights_only=True`.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'this is a folder; name a file' if Path(path).is_dir() else 'no such file'}")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what looks like a file of another kind, which the error tells too
+            state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises errors of many kinds for a damaged or unsafe file
-        raise CheckpointError(f"{path} is not a checkpoint that can be opened safely: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a checkpoint that can be opened safely: {_reason(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what torch found, without its advice to open the file unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    return text.splitlines()[0].partition(". ")[0]
 
 
 def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -116,12 +130,12 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location:
         map_location: where the tensors go; "meta" reads shapes alone.
 
     Raises:
-        CheckpointError: also where architecture, keys or shapes differ.
+        CheckpointError: also where architecture, keys or shapes differ, or a field is nothing that a run writes.
     """
-    state = load(path, map_location)
-    missing = [name for name in ("epoch", "arch", "state_dict", "optimizer") if name not in state]
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of a run to resume: it has no {', '.join(missing)}")
+    # The published program writes the first four alone.
+    state = {"seed": None, "deterministic": False, "steps": 0} | load(path, map_location)
+    published = {"epoch": is_count, "arch": is_text, "state_dict": is_anything, "optimizer": is_dict}
+    _check_fields(f"{path} is no checkpoint of a run to resume", state, {**published, **REPEATABLE, "steps": is_count})
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
     have = {name: value.shape for name, value in _weights(path, state["state_dict"]).items()}
@@ -133,6 +147,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location:
             f"{path} does not fit the options (--mlp, --low-dim, --pcl-r, --small-stem?): {len(wrong)} entries differ, "
             f"the first {first}: {_size(have.get(first))} in the file, {_size(want.get(first))} in the model"
         )
+    _check_optimizer(path, state["optimizer"], model.parameters())
     return state
 
 
@@ -168,7 +183,7 @@ def trained_at(path: str | Path) -> int | None:
     """The side in pixels of the views that a backbone was trained on, if its checkpoint tells."""
     settings = load(path, map_location="meta").get("args")
     size = str(settings.get("image_size")) if isinstance(settings, dict) else ""
-    return int(size) if size.isdigit() else None
+    return int(size) if re.fullmatch("[0-9]{1,9}", size) else None
 
 
 def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -181,15 +196,77 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         CheckpointError: the file is something else.
     """
     state = load(path)
-    missing = [name for name in ("epoch", "arch", "state_dict", "optimizer", "classes") if name not in state]
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of a linear probe: it has no {', '.join(missing)}")
+    fields = {
+        "epoch": is_count,
+        "arch": is_text,
+        "state_dict": is_anything,
+        "optimizer": is_dict,
+        "classes": is_list_of(is_text),
+    }
+    fields |= {**REPEATABLE, "source": is_dict, "history": is_list_of(is_dict)}
+    _check_fields(f"{path} is no checkpoint of a linear probe", state, fields)
     if state["arch"] not in architectures():
         raise CheckpointError(f"{path}: a probe of {state['arch']} cannot be opened again")
     weights = {name.removeprefix("module."): value for name, value in _weights(path, state["state_dict"]).items()}
     network = new_network(state["arch"], has_small_stem(state["arch"], weights), num_classes=len(state["classes"])).eval()
     _load_exactly(network, weights, f"{path} does not fit {state['arch']} with {len(state['classes'])} classes")
+    _check_optimizer(path, state["optimizer"], network.get_submodule("fc").parameters())
     return network, state
+
+
+def is_anything(value: Any) -> bool:
+    """For what is looked into elsewhere."""
+    return True
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string."""
+    return isinstance(value, str)
+
+
+def is_dict(value: Any) -> bool:
+    """Whether it is a dictionary whose keys are all strings."""
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The question whether it is a list, and `holds` of each element."""
+    return lambda value: isinstance(value, list) and all(map(holds, value))
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a run's seed can be so; one that was not given is None."""
+    return value is None or (is_count(value) and value < 2**32)
+
+
+REPEATABLE: dict[str, Callable[[Any], bool]] = {"seed": is_seed, "deterministic": lambda value: isinstance(value, bool)}
+
+
+def _check_fields(message: str, state: Mapping[str, Any], fields: Mapping[str, Callable[[Any], bool]]) -> None:
+    missing = [name for name in fields if name not in state]
+    if missing:
+        raise CheckpointError(f"{message}: it has no {', '.join(missing)}")
+    wrong = [name for name, holds in fields.items() if not holds(state[name])]
+    if wrong:
+        raise CheckpointError(f"{message}: its {', '.join(wrong)} cannot be right")
+
+
+def _check_optimizer(path: str | Path, saved: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+    """A step with tensors that hold no numbers takes no time, and fails where a step of the run would."""
+    hollow = [torch.empty_like(parameter, device="meta", requires_grad=True) for parameter in parameters]
+    try:
+        optimizer = torch.optim.SGD(hollow, lr=1.0)
+        optimizer.load_state_dict(saved)
+        for parameter in hollow:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"{path}: its optimizer is not one of SGD over this model's weights") from error
 
 
 def _load_exactly(network: nn.Module, weights: dict[str, Tensor], message: str) -> None:
@@ -201,7 +278,10 @@ def _load_exactly(network: nn.Module, weights: dict[str, Tensor], message: str) 
         raise CheckpointError(
             f"{message}: missing {_some(missing)}; unexpected {_some(unexpected)}; of another shape {_some(shapes)}"
         )
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, NotImplementedError) as error:  # tensors without numbers, of no floating-point kind, ..
+        raise CheckpointError(f"{message}: {str(error).splitlines()[-1].strip()}") from error
 
 
 def backbone(arch: str, small_stem: bool = False) -> nn.Module:
@@ -245,9 +325,14 @@ def architectures() -> list[str]:
 
 
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
-    if isinstance(found, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in found.items()):
+    if isinstance(found, dict) and all(isinstance(n, str) and _is_plain(v) for n, v in found.items()):
         return found
     raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that can be copied into a weight."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)
 
 
 def _size(shape: torch.Size | None) -> str:

@@ -6,9 +6,11 @@ import argparse
 import hashlib
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,6 +38,13 @@ from pcl.watch import INTERRUPTED
 UNREADABLE = "unreadable.txt"
 LISTED = 20  # unreadable images that are shown; the file has all
 
+LARGEST = 2**31 - 1  # what every library below takes as an integer
+LARGEST_NUMBER = 1e30  # far within float32
+LARGEST_BATCH = 2**20
+LARGEST_SIDE = 2**13  # pixels
+MOST_PROCESSES = 2**10  # on one machine
+MOST_NODES = 2**16
+
 
 class Parser(argparse.ArgumentParser):
     """Prints defaults in the help, and an error as one line without the usage."""
@@ -43,8 +52,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if match := re.fullmatch("(--[^=]+=|-[a-z]=?)--", word):  # which argparse before Python 3.13 takes for no value
+                self.error(f"argument {match[1].rstrip('=')}: '--' is no value")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.fail(2, message)
+
+    def fail(self, code: int, message: str) -> NoReturn:
+        """End with one line; what is not printable in it, such as a newline in a file's name, is shown as an escape."""
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        self.exit(code, f"{self.prog}: error: {line}\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -60,11 +81,11 @@ def add_training_arguments(
     """The options of any run of SGD, with this script's defaults."""
     # fmt: off
     group = parser.add_argument_group("training")
-    group.add_argument("-j", "--workers", type=natural, default=available_cores(), metavar="N",
+    group.add_argument("-j", "--workers", type=integer(0, MOST_PROCESSES), default=available_cores(), metavar="N",
                        help="loader processes, a total over this node's processes; 0 loads in those themselves")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
-    group.add_argument("-b", "--batch-size", type=positive, default=batch_size, metavar="N",
+    group.add_argument("-b", "--batch-size", type=integer(1, LARGEST_BATCH), default=batch_size, metavar="N",
                        help="images in a step, a total over this node's training processes")
     group.add_argument("--lr", type=positive_float, default=lr, metavar="LR", help="first learning rate")
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
@@ -74,7 +95,7 @@ def add_training_arguments(
         "--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD", help="weight decay"
     )
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
-    group.add_argument("--resume", default="", metavar="PATH",
+    group.add_argument("--resume", type=reachable, metavar="PATH",
                        help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
     group.add_argument("--skip-unreadable", action="store_true",
                        help="read every image first; list those that cannot be read, and leave them out")
@@ -86,15 +107,15 @@ def add_launch_arguments(parser: Parser) -> None:
     """The options that say which processes, on which machines, train together."""
     # fmt: off
     group = parser.add_argument_group("processes")
-    group.add_argument("--nproc", type=positive, metavar="N",
+    group.add_argument("--nproc", type=integer(1, MOST_PROCESSES), metavar="N",
                        help="training processes on this machine; by default one for each GPU, or one on the CPU")
     group.add_argument("--gpu", type=natural, metavar="N", help="train on this GPU alone")
-    group.add_argument("--world-size", type=positive, default=1, metavar="N", help="number of nodes (machines)")
+    group.add_argument("--world-size", type=integer(1, MOST_NODES), default=1, metavar="N", help="number of nodes (machines)")
     group.add_argument("--rank", type=natural, default=0, metavar="N", help="number of this node, from 0")
     group.add_argument("--dist-url", metavar="URL",
                        help="tcp://HOST:PORT of node 0, the same on every node; one node finds a free port")
     group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
-    group.add_argument("--dist-timeout", type=positive_float, default=1800.0, metavar="SECONDS",
+    group.add_argument("--dist-timeout", type=seconds, default=1800.0, metavar="SECONDS",
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
     group.add_argument("--seed", type=seed, metavar="N",
@@ -106,7 +127,7 @@ def add_backbone_arguments(parser: Parser) -> None:
     """The options that name the frozen network that a script evaluates."""
     # fmt: off
     group = parser.add_argument_group("backbone")
-    group.add_argument("--pretrained", default="", metavar="FILE",
+    group.add_argument("--pretrained", type=reachable, metavar="FILE",
                        help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
     group.add_argument("--random-init", action="store_true", help="evaluate random weights instead, as a baseline")
     group.add_argument("--pixels", action="store_true", help="evaluate the pixels of the center crop instead, as a baseline")
@@ -114,7 +135,7 @@ def add_backbone_arguments(parser: Parser) -> None:
                        help="by default the one that the file names; resnet50 for random weights")
     group.add_argument("--small-stem", action="store_true",
                        help="random weights with the stem of main_pcl.py --small-stem; a file tells by itself")
-    group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS",
+    group.add_argument("--image-size", type=integer(1, LARGEST_SIDE), default=224, metavar="PIXELS",
                        help="side of the center crop, which comes from 8/7 of it")
     # fmt: on
 
@@ -123,20 +144,25 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     """The network that the options name, without its head, in eval mode; and what it is, for the results.
 
     Raises:
-        CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit.
+        CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit; names the option.
     """
     if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
         raise CheckpointError("--pretrained: name a checkpoint, or else give --random-init or --pixels for a baseline")
     if args.small_stem and not args.random_init:
         raise CheckpointError("--small-stem is an option of --random-init, since a file tells by itself; leave it out")
     if args.pixels:
+        if args.arch:
+            raise CheckpointError(f"--arch {args.arch}: --pixels needs no network; leave one of them out")
         return nn.Flatten().eval(), {"arch": "pixels", "weights": "none"}
     if args.random_init:
         arch = args.arch or "resnet50"
         if args.small_stem and not takes_small_stem(arch):
             raise CheckpointError(no_small_stem(arch))
         return backbone(arch, args.small_stem), {"arch": arch, "weights": "random"}
-    network, arch = load_backbone(args.pretrained, args.arch)
+    try:
+        network, arch = load_backbone(args.pretrained, args.arch)
+    except CheckpointError as error:
+        raise CheckpointError(f"--pretrained: {error}") from error
     digest = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
 
@@ -155,13 +181,42 @@ def note_image_size(args: argparse.Namespace) -> None:
 
 def add_output_argument(parser: Parser) -> None:
     """Where an evaluation keeps its result (`pcl.logs.write_result`)."""
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="keep settings and every figure")
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="keep settings and every figure")
 
 
 def check_output(parser: Parser, args: argparse.Namespace) -> None:
     """Stop if the result could not be written after all the work."""
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
+    if args.output:
+        check_folder(parser, "--output", args.output.parent)
+
+
+def check_folder(parser: Parser, option: str, folder: Path) -> None:
+    """Stop if nothing could be written into a folder, which a run makes if need be."""
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        parser.error(f"{option}: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        parser.error(f"{option}: no right to write into {place}; name another folder")
+
+
+def check_memory(parser: Parser, option: str, numbers: int, what: str) -> None:
+    """Stop if so many float32 numbers are more than this machine could ever hold."""
+    need, have = 4 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        parser.error(f"{option}: {what} would take {need / 1e9:.0f} GB, this machine has {have / 1e9:.0f}; lower it")
+
+
+def check_image_size(parser: Parser, args: argparse.Namespace, images: int, rows: int) -> None:
+    """Stop if no memory could hold a step's images (of `images` in all), or with --pixels this many rows of features."""
+    size, pixels = f"--image-size {args.image_size}", 3 * args.image_size**2
+    batch = min(args.batch_size, images)
+    check_memory(parser, size, batch * pixels, f"{batch} images in a step (--batch-size)")
+    if args.pixels:
+        check_memory(parser, size, rows * pixels, "--pixels")
 
 
 def check_launch(parser: Parser, args: argparse.Namespace) -> None:
@@ -191,7 +246,8 @@ def is_address(url: str) -> bool:
     """Whether it is tcp://HOST:PORT."""
     try:
         parts = urlsplit(url)
-        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+        host = (parts.hostname or "").encode("idna")  # as a connection does; UnicodeError is a ValueError
+        return parts.scheme == "tcp" and bool(host) and bool(parts.port) and url.isprintable() and " " not in url
     except ValueError:
         return False
 
@@ -325,7 +381,7 @@ def launch_or_exit(
     try:
         launch(worker, args)
     except FORESEEN as error:
-        parser.exit(1, f"{parser.prog}: error: {reason_of(error)}\n")
+        parser.fail(1, reason_of(error))
 
 
 def integers(text: str) -> list[int]:
@@ -338,29 +394,34 @@ def costs(text: str) -> list[float]:
     return _several(text, positive_float)
 
 
+def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """The type of an integer from `least` to `most`."""
+    return lambda text: _number(text, int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
+    return integer(1)(text)
 
 
 def natural(text: str) -> int:
     """An integer of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+    return integer(0)(text)
 
 
 def seed(text: str) -> int:
     """An integer from 0 to 2**32 - 1, the range that all libraries take."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
+    return integer(0, 2**32 - 1)(text)
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value <= LARGEST_NUMBER, f"a number above 0, at most {LARGEST_NUMBER:g}")
 
 
 def nonnegative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+    """A number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value <= LARGEST_NUMBER, f"a number from 0 to {LARGEST_NUMBER:g}")
 
 
 def percentage(text: str) -> float:
@@ -373,14 +434,37 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def _several(text: str, kind):
+def seconds(text: str) -> float:
+    """A time of a second to 30 days."""
+    return _number(text, float, lambda value: 1 <= value <= 2592000, "a number of seconds from 1 to 2592000")
+
+
+def path(text: str) -> Path:
+    """A path under which something is, or could be made."""
+    return Path(reachable(text))
+
+
+def reachable(text: str) -> str:
+    """The same, as it was written: not an empty one, which an unset variable of a shell gives, nor one below a file."""
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        if not text:
+            raise argparse.ArgumentTypeError("the path is empty") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or what no file's name can hold
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a path: {reason}") from None
+    return text
+
+
+def _several(text: str, kind: Callable[[str], Any]) -> list[Any]:
     values = [kind(part) for part in text.split(",")]
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
     return values
 
 
-def _number(text: str, kind: type, holds, wanted: str):
+def _number(text: str, kind: type, holds: Callable[[Any], bool], wanted: str) -> Any:
     try:
         value = kind(text)
     except ValueError:

@@ -143,7 +143,7 @@ def unpack(archive: Path, root: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(root, filter="data")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise VOCError(f"{archive} cannot be unpacked: {error}") from error
 
 
@@ -152,6 +152,8 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise VOCError(f"{path}: no such file{HINT}") from None
+    except OSError as error:
+        raise VOCError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise VOCError(f"{path} is not a text file in UTF-8") from None
 

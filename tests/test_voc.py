@@ -114,13 +114,47 @@ def archive(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "VOCdevkit/../../outside.txt"])
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
-    archive(tmp_path / "a.tar", {name: b"x"})
+ESCAPES = {
+    "up": [("../outside.txt", tarfile.REGTYPE, "")],
+    "down and up": [("VOCdevkit/../../outside.txt", tarfile.REGTYPE, "")],
+    "through a link up": [("link", tarfile.SYMTYPE, ".."), ("link/outside.txt", tarfile.REGTYPE, "")],
+    "through an absolute link": [("link", tarfile.SYMTYPE, "{outside}"), ("link/outside.txt", tarfile.REGTYPE, "")],
+    "a link to a file": [("link", tarfile.SYMTYPE, "../precious.txt"), ("link", tarfile.REGTYPE, "")],
+    "a hard link": [("link", tarfile.LNKTYPE, "../precious.txt"), ("link", tarfile.REGTYPE, "")],
+    "a device": [("null", tarfile.CHRTYPE, "")],
+    "a pipe": [("pipe", tarfile.FIFOTYPE, "")],
+}
+
+
+@pytest.mark.parametrize("members", ESCAPES.values(), ids=ESCAPES)
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, members):
     (tmp_path / "data").mkdir()
+    (tmp_path / "precious.txt").write_text("precious")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target.format(outside=tmp_path)
+            info.size = kind == tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(b"x"))
     with pytest.raises(VOCError, match="cannot be unpacked"):
         voc.unpack(tmp_path / "a.tar", tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "data", "precious.txt"]
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+    assert not any((tmp_path / "data").iterdir())
+
+
+def test_an_absolute_name_in_an_archive_is_one_below_its_folder(tmp_path):
+    archive(tmp_path / "a.tar", {f"{tmp_path}/outside.txt": b"x"})
+    voc.unpack(tmp_path / "a.tar", tmp_path / "data")
     assert not (tmp_path / "outside.txt").exists()
+    assert (tmp_path / "data" / tmp_path.relative_to("/") / "outside.txt").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b cut"])
+def test_what_is_no_archive_is_named(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(VOCError, match=r"a\.tar cannot be unpacked"):
+        voc.unpack(tmp_path / "a.tar", tmp_path)
 
 
 class Archives(http.server.BaseHTTPRequestHandler):
