@@ -69,7 +69,8 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=Path, metavar="DIR", help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images")
+    parser.add_argument("data", type=Path, metavar="DIR",
+                        help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images alone")
     cli.add_training_arguments(
         parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
     )
