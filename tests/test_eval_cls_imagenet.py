@@ -156,7 +156,7 @@ def probe_together(device, args):
 def test_two_ranks_validate_exactly_each_image_once(six_classes, pretrained, tmp_path, two_ranks):
     options = ["--pretrained", str(pretrained), "--output", str(tmp_path / "o.json"), str(six_classes)]
     args = vars(eval_cls_imagenet.get_parser().parse_args([*TINY.split(), *options]))
-    fixed = {"nproc", "gpu", "world_size", "rank", "dist_url", "dist_backend", "seed"}
+    fixed = {"nproc", "gpu", "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "seed"}
     results = two_ranks(probe_together, **{name: value for name, value in args.items() if name not in fixed})
     val = IndexedFolder(six_classes / "val", center_view(32))
     torch.manual_seed(0)
