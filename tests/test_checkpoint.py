@@ -205,7 +205,9 @@ def test_a_small_stem_is_read_off_the_weights(tmp_path, capsys):
     assert torch.equal(network(x), model.encoder_q.eval()(x))
 
     probe = new_network("resnet18", True, num_classes=5).eval()
-    torch.save(published(probe) | {"arch": "resnet18", "classes": list("abcde")}, tmp_path / "probe.pt")
+    optimizer = torch.optim.SGD(probe.fc.parameters(), 0.1).state_dict()
+    head = {"classes": list("abcde"), "optimizer": optimizer, "source": {}, "history": [], "seed": 0, "deterministic": False}
+    torch.save(published(probe) | {"arch": "resnet18"} | head, tmp_path / "probe.pt")
     assert torch.equal(load_probe(tmp_path / "probe.pt")[0](x), probe(x))
 
     run_script(checkpoint, "export", tmp_path / "c.pt", tmp_path / "backbone.pth")
