@@ -176,17 +176,17 @@ def main() -> int:
         os.chdir(args.work)
         carry_out(run, plan, args, extra)
         return 0
+    failed: list[str] = []
     if not args.report:
         prepare(parser, plan, args)
-        failed = work_off(plan, args, lambda run: [sys.executable, __file__, "--run", run.name, *sys.argv[1:]])
+        failed, waiting = work_off(plan, args, lambda run: [sys.executable, __file__, "--run", run.name, *sys.argv[1:]])
     results = results_in(args.out)
     settings, chosen = decide(results)
     order = [run.method for run in queue(FULL, {})]
     report(args.out, results, {name: settings[name] for name in settings if name in chosen}, order, PAIRS)
-    if not args.report and failed:
-        print(f"failed, see {args.work}/logs: {', '.join(failed)}", file=sys.stderr)
-        return 1
-    return 0
+    if failed:
+        print(f"failed, see {args.work}/logs: {', '.join(failed)}; {len(waiting)} others need them", file=sys.stderr)
+    return int(bool(failed))
 
 
 def prepare(parser: Parser, plan: Plan, args: Namespace) -> None:
@@ -314,8 +314,8 @@ def is_done(run: Run, results: dict[str, dict]) -> bool:
     return done is not None and (not run.probe_lr or all(f"probe {percent} %" in done["figures"] for percent in PROBES))
 
 
-def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -> list[str]:
-    """Do all runs that are not done, several at once; the names of those that failed, or waited for one that did."""
+def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -> tuple[list[str], list[str]]:
+    """Do all runs that are not done, several at once; the names of those that failed, and of those that needed one of them."""
     (args.work / "logs").mkdir(parents=True, exist_ok=True)
     threads = max(1, available_cores() // args.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
@@ -340,7 +340,7 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
                     process = subprocess.Popen(command(run), stdout=log, stderr=log, env=environment, start_new_session=True)
                 running[run.name] = (process, time.monotonic())
             if not running:
-                return failed + [run.name for run in left]
+                return failed, [run.name for run in left]
             while all(process.poll() is None for process, _ in running.values()):
                 time.sleep(0.2)
             for name, (process, start) in list(running.items()):

@@ -87,20 +87,20 @@ def test_all_is_worked_off_whatever_fails_and_nothing_twice(folders, capsys):
         return python(write, folders.out / f"{run.name}.json", json.dumps(stand_in(run)))
 
     broken = {"random_seed0"}
-    assert replicate.work_off(replicate.QUICK, folders, command) == ["random_seed0"]
+    assert replicate.work_off(replicate.QUICK, folders, command) == (["random_seed0"], [])
     out = capsys.readouterr().out
     assert "random_seed0  0.0 min  failed with exit code 3  " in out
     assert out.count("kNN 0.00 %") == 3
     before = {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}
     broken = set()
-    assert replicate.work_off(replicate.QUICK, folders, command) == []
+    assert replicate.work_off(replicate.QUICK, folders, command) == ([], [])
     assert {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}.items() > before.items()
     assert len(before) == 3
     assert capsys.readouterr().out.count("\n") == 1
 
     broken = {"choose_moco-v2_lr0.12_r512"}  # nothing can be chosen then
-    waiting = replicate.work_off(replicate.FULL, Namespace(**vars(folders) | {"jobs": 8}), command)
-    assert "choose_moco-v2_lr0.12_r512" in waiting
+    failed, waiting = replicate.work_off(replicate.FULL, Namespace(**vars(folders) | {"jobs": 8}), command)
+    assert failed == [*broken]
     assert "pcl-v2_seed1" in waiting
     assert "pixels_seed4" not in waiting
 
@@ -165,7 +165,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
     def work_off(plan, args, command):
         for run in replicate.queue(plan, {}):
             replicate.carry_out(run, plan, args, extra)
-        return []
+        return [], []
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.subprocess, "run", in_this_process)
