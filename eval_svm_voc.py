@@ -27,10 +27,11 @@ from torch import nn
 
 from pcl import checkpoint, cli, voc
 from pcl.builder import extract_features
-from pcl.distributed import RunError, available_cores, seed_everything
+from pcl.distributed import FORESEEN, available_cores, reason_of, seed_everything
 from pcl.loader import center_view, make_loader
 from pcl.logs import describe_machine, log, track, write_result
 from pcl.metrics import average_precision
+from pcl.watch import INTERRUPTED
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
@@ -88,8 +89,10 @@ def main() -> None:
     network, source, train, test = open_all(parser, args)
     try:
         evaluate(network, source, train, test, args)
-    except RunError as error:
-        parser.fail(1, str(error))
+    except FORESEEN as error:
+        parser.fail(1, reason_of(error))
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "\nstopped\n")
 
 
 def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:

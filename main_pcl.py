@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from pcl.distributed import (
     should_stop,
     was_stopped,
 )
+from pcl.epoch import Begun, e_step_is_due, is_whole
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -172,6 +172,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     automatic, notes, state = args.resume == "auto", [], None
     if automatic:
         args.resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
+        if notes and not args.resume:
+            parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
     if args.resume:
         try:
             with torch.device("meta"):
@@ -255,67 +257,6 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
             tell_the_limit(means, args)
     if is_main():
         draw_pictures(args.exp_dir)
-
-
-def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
-    """Whether new clusters are made for this epoch, from 0."""
-    return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
-
-
-@dataclass
-class Begun:
-    """What is done of an epoch: nothing yet, its E-step (or an earlier one's that counts), some steps of its M-step too."""
-
-    steps: int = 0
-    clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
-    meters: Meters = field(default_factory=Meters)
-
-    @classmethod
-    def of_checkpoint(cls, state: dict[str, Any], num_images: int, device: torch.device, args: argparse.Namespace) -> Begun:
-        """Of the epoch to go on with; nothing if it cannot be finished with these images and options."""
-        if "terms" not in state or (state["steps"] == 0 and e_step_is_due(state["epoch"], args)):
-            return cls()
-        if state["terms"] != terms_of_epoch(num_images, args):
-            log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
-            return cls()
-        clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
-        return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device) if state["steps"] else Meters())
-
-
-def is_whole(state: dict[str, Any], num_images: int, args: argparse.Namespace) -> bool:
-    """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes and dtypes tell."""
-    if "terms" not in state:
-        return not state["steps"]
-    wanted, terms = terms_of_epoch(num_images, args), state["terms"]
-    lists_or_counts = checkpoint.is_list_of(checkpoint.is_count), checkpoint.is_count
-    if not checkpoint.is_dict(terms) or not all(any(holds(v) for holds in lists_or_counts) for v in terms.values()):
-        return False
-    if terms != wanted:
-        return True  # nothing more is read
-    sizes = args.num_cluster if state["epoch"] >= args.warmup_epoch else []
-    clusterings = [
-        {
-            "im2cluster": ((num_images,), torch.int64),
-            "prototypes": ((k, args.low_dim), torch.float32),
-            "concentration": ((k,), torch.float32),
-        }
-        for k in sizes
-    ]
-    try:
-        found = [{name: (tuple(v.shape), v.dtype) for name, v in c.items()} for c in state["clusterings"]]
-        meters = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
-        steps, sums = meters["steps"], meters["sums"]
-        numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
-    except (KeyError, TypeError, AttributeError):
-        return False
-    fits = found == clusterings and state["steps"] * wanted["batch"] <= num_images
-    return fits and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])
-
-
-def terms_of_epoch(num_images: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for an epoch to be finished by another run than began it."""
-    batch, clusters = cli.global_batch(args), args.num_cluster if args.warmup_epoch < args.epochs else []
-    return {"images": num_images, "batch": batch, "seed": args.seed, "clusters": clusters, "warm_up": args.warmup_epoch}
 
 
 def draw_pictures(exp_dir: Path) -> None:
@@ -505,7 +446,7 @@ def save(
         begun: what is done of it.
         num_images: N.
     """
-    meters = begun.meters.state_over_ranks() if begun.steps else {}
+    done = begun.state_over_ranks(num_images, args)
     if not is_main():
         return
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
@@ -518,11 +459,8 @@ def save(
         "seed": args.seed,
         "deterministic": args.deterministic,
         "args": {name: str(value) for name, value in vars(args).items()},
+        **done,
     }
-    if begun.steps or begun.clusterings:
-        clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in begun.clusterings]
-        terms = terms_of_epoch(num_images, args)
-        state |= {"steps": begun.steps, "clusterings": clusterings, "meters": meters, "terms": terms}
     last = args.exp_dir / checkpoint.LAST
     if begun.steps:
         checkpoint.save(last, state)

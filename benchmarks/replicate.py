@@ -42,11 +42,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from joblib import parallel_config
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -76,13 +76,13 @@ SEEDS, ABLATION_SEEDS = range(5), range(3)
 
 # What is chosen, one after the other: by which method, and from what. The others stand at START meanwhile.
 GRIDS: dict[str, tuple[str, list[Any]]] = {
-    "lr": ("moco-v2", [0.03, 0.06, 0.12]),
+    "lr": ("moco-v2", [0.03, 0.06, 0.015]),
     "r": ("moco-v2", [512, 2048]),
     "clusters": ("pcl-v2", ["125,250,500", "50,100,200", "250,500,1000"]),
     "warmup": ("pcl-v2", [5, 2, 10]),
 }
 START: dict[str, Any] = {"lr": 0.03, "r": 512, "clusters": "125,250,500", "warmup": 5}
-PROBE_GRID = [0.003, 0.03, 0.3]
+PROBE_GRID = [0.0003, 0.003, 0.03, 0.3, 3.0]
 PROBE_START = {"probe-pixels": 0.003, "probe-random": 0.03, "probe-moco": 0.03}
 
 EPOCHS = 20
@@ -488,7 +488,7 @@ def measure(network: nn.Module, data: Path, seed: int, primary: bool = False) ->
     for features, label in ((x, y), (q, truth)):
         parts += [(features / (features.norm(dim=1, keepdim=True) + 1e-5)).numpy()]  # as eval_svm_voc.features_of
         parts += [2 * F.one_hot(label, len(classes)).numpy() - 1]
-    with joblib.parallel_config(backend="sequential"):  # another run has the other core
+    with parallel_config(backend="sequential"):  # another run has the other core
         options = Namespace(seed=seed, cost=[0.5], ignore_difficult=False)
         low_shot = eval_svm_voc.low_shot(eval_svm_voc.Features(*parts, classes), options)
     figures |= {f"k = {k}": 100 * result["mean"] for k, result in low_shot.items()}
