@@ -75,8 +75,8 @@ def test_a_probe_from_end_to_end(six_classes, pretrained, tmp_path, capsys):
 def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pretrained, tmp_path):
     common = [six_classes, "--pretrained", pretrained]
     script(*common, "--id", "whole", "--seed", 1)
-    script(*common, "--id", "part", "--seed", 1, "--epochs", 2)
-    script(six_classes, "--id", "part", "--resume", "Linear_eval/part/checkpoint.pth.tar", "-j", 2)
+    script(*common, "--id", "part", "--seed", 1, "--epochs", 2, "--resume", "auto")  # there is nothing to go on with
+    script(*common, "--id", "part", "--resume", "auto", "-j", 2)
     whole, part = (load(tmp_path / "Linear_eval" / name / "checkpoint.pth.tar") for name in ("whole", "part"))
     for name in ("state_dict", "optimizer"):
         assert repr(whole[name]) == repr(part[name])
@@ -84,6 +84,9 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
         assert torch.equal(value, part["state_dict"][name]), name
     assert whole["history"] == part["history"]
     assert whole["best_acc1"] == part["best_acc1"]
+    script(six_classes, "--id", "part", "--resume", "auto", "--output", "done.json")  # nothing is left but to score it
+    done = json.loads((tmp_path / "done.json").read_text())["last"]
+    assert done.items() <= whole["history"][-1].items()
 
 
 @pytest.mark.slow

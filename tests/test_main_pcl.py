@@ -366,6 +366,7 @@ WRONG = {
     "fewer readable images than a batch": ("{broken}", "--skip-unreadable -b 10", "10 images in a step, but {broken} holds 9"),
     "fewer readable images than clusters": ("{broken}", "--skip-unreadable --num-cluster 10", "than the 9 images"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
+    "damaged checkpoints": ("{images}", "--exp-dir {damaged} --resume auto", "no checkpoint of {damaged} can be opened"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
     "nodes without an address": ("{images}", "--world-size 2", "--dist-url tcp://HOST:PORT"),
@@ -386,6 +387,9 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     (tmp_path / "hollow" / "class").mkdir(parents=True)
     places = {"images": image_folder, "run": finished}
     places |= {name: tmp_path / name for name in ("empty", "flat", "broken", "hollow")}
+    places["damaged"] = tmp_path / "damaged"
+    places["damaged"].mkdir()
+    (places["damaged"] / "checkpoint_0001.pth.tar").write_bytes(b"PK half of a file")
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
