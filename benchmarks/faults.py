@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py [--kills 100] [--seed 0]
 
-A run trains a small network on images that come with the package and saves after every step, so that many moments lie inside
-a save. Either all of its processes are killed at once, or the launcher, or one of the two ranks alone, after which the others
-must end by themselves within a minute. Each time, every file that bears a checkpoint's name must open, and none may be older
-than before. Runs that come to their end must have the weights of the undisturbed run to the bit; then a new one is begun.
+A run trains a small network on images that come with the package and saves after every step; three in ten kills wait for the
+next save and hit it. Either all of its processes are killed at once, or the launcher, or one of the two ranks alone, after
+which the others must end by themselves within a minute. Each time, every file that bears a checkpoint's name must open, and
+none may be older than before. Runs that come to their end must have the weights of the undisturbed run to the bit; then a new
+one is begun.
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ def strike(process: subprocess.Popen, victim: str) -> str:
     return victim
 
 
+def is_saving(exp_dir: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(exp_dir.glob(".checkpoint*.part"))
+
+
 def wait_for_end(process: subprocess.Popen) -> None:
     """Nothing of the run may be left after a minute."""
     end = time.monotonic() + 60
@@ -143,13 +149,17 @@ def main() -> None:
             exp_dir = root / f"run_{number}"
             process = start(root / "images", exp_dir)
             if sum(killed.values()) < args.kills:
-                wait, victim = generator.uniform(0, whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])
+                wait, victim = generator.uniform(0, 0.7 * whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])
+                in_save = generator.random() < 0.3
             else:
-                wait, victim = 3600.0, "none"
+                wait, victim, in_save = 3600.0, "none", False
             try:
                 code = process.wait(wait)
             except subprocess.TimeoutExpired:
-                inside += any(exp_dir.glob(".checkpoint*.part"))
+                end = time.monotonic() + 10
+                while in_save and not is_saving(exp_dir) and process.poll() is None and time.monotonic() < end:
+                    time.sleep(0.001)
+                inside += is_saving(exp_dir)
                 killed[strike(process, victim)] += 1
                 code = None
             wait_for_end(process)
