@@ -32,12 +32,12 @@ from pcl.watch import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
-    "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 8 "
+    "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 30 "
 )
 SETTINGS += (
     "--mlp --aug-plus --cos --lr 0.003 --moco-m 0.9 -j 0 --seed 1 --nproc 2 --save-steps 1 --monitor-freq 0 --resume auto"
 )
-LAST_EPOCH = "checkpoint_0007.pth.tar"
+LAST_EPOCH = "checkpoint_0029.pth.tar"
 
 
 def start(images: Path, exp_dir: Path) -> subprocess.Popen:
@@ -149,7 +149,7 @@ def main() -> None:
             exp_dir = root / f"run_{number}"
             process = start(root / "images", exp_dir)
             if sum(killed.values()) < args.kills:
-                wait, victim = generator.uniform(0, 0.7 * whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])
+                wait, victim = generator.uniform(0, 0.4 * whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])
                 in_save = generator.random() < 0.3
             else:
                 wait, victim, in_save = 3600.0, "none", False

@@ -1,8 +1,10 @@
+import errno
 import functools
 import os
 import pickle
 import resource
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from pcl.checkpoint import (
     load_for_resume,
     load_probe,
     new_network,
+    newest,
+    prune,
     save,
     takes_small_stem,
 )
@@ -56,6 +60,50 @@ def test_a_disk_that_is_full_leaves_the_old_file_whole_and_no_other(tmp_path):
     save(path, state)
     assert load(path)["epoch"] == 2
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_that_is_read_only_is_one_error_and_the_old_file_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint_0000.pth.tar"
+    save(path, {"epoch": 1})
+
+    def read_only(self, mode="r", *rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))  # as root, a test may write everywhere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", read_only)
+        with pytest.raises(
+            RunError, match=r"checkpoint_0000\.pth\.tar cannot be written: Read-only file system; what was saved"
+        ):
+            save(path, {"epoch": 2})
+    assert load(path) == {"epoch": 1}
+
+
+def test_the_newest_checkpoint_is_that_from_which_least_is_to_be_done(tmp_path):
+    told = []
+    assert newest(tmp_path, told.append) is None
+    for name, state in (("0004", {"epoch": 5}), ("0009", {"epoch": 10}), ("last", {"epoch": 10, "steps": 3})):
+        save(tmp_path / f"checkpoint_{name}.pth.tar", state)
+    save(tmp_path / "e_step.pth.tar", {"epoch": 99})
+    (tmp_path / ".checkpoint_last.pth.tar.part").write_bytes(b"half")
+    assert newest(tmp_path, told.append) == tmp_path / "checkpoint_last.pth.tar"
+    assert told == []
+    whole = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    (tmp_path / "checkpoint_last.pth.tar").write_bytes(whole[: len(whole) // 2])
+    assert newest(tmp_path, told.append) == tmp_path / "checkpoint_0009.pth.tar"
+    assert len(told) == 1
+    assert told[0].startswith(f"passed over: {tmp_path / 'checkpoint_last.pth.tar'} is not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [(0, 0, [4, 9, 14, 19, 24]), (2, 0, [19, 24]), (1, 10, [9, 19, 24]), (9, 0, [4, 9, 14, 19, 24]), (1, 7, [24])],
+)
+def test_the_newest_checkpoints_and_those_of_every_nth_epoch_are_kept(tmp_path, keep, keep_every, left):
+    names = [*(f"checkpoint_{epoch:04d}.pth.tar" for epoch in (4, 9, 14, 19, 24)), "checkpoint_last.pth.tar", "log.jsonl"]
+    for name in names:
+        (tmp_path / name).touch()
+    prune(tmp_path, keep, keep_every)
+    assert sorted(os.listdir(tmp_path)) == [*(f"checkpoint_{epoch:04d}.pth.tar" for epoch in left), *names[-2:]]
 
 
 class Evil:

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, assert_same, run_script, weights
 
 import main_pcl
-from pcl.checkpoint import load
+from pcl.checkpoint import LAST, load
 from pcl.distributed import _free_port
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
@@ -190,6 +190,32 @@ def test_a_run_with_all_that_small_data_needs_comes_to_its_end(image_folder, fin
     assert weights(tmp_path, 1)["state_dict"]["module.encoder_k.conv1.weight"].shape == (64, 3, 3, 3)
     last = [r for r in records_of(tmp_path) if "seconds" in r][-1]
     assert last["loss"] == pytest.approx(last["loss_instance"] + 0.5 * last["loss_prototype"])
+
+
+@pytest.mark.slow
+def test_a_run_cut_off_in_the_middle_of_an_epoch_goes_on_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
+    class Cut(Exception):  # noqa: N818
+        pass
+
+    saved, save = [], main_pcl.checkpoint.save
+
+    def cut_after_a_save(path, state):
+        save(path, state)
+        saved.append((path.name, state["epoch"], state.get("steps", 0)) if "epoch" in state and "steps" in state else path.name)
+        if saved[-1] == (LAST, 1, 2):
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pcl.checkpoint, "save", cut_after_a_save)
+        with pytest.raises(Cut):
+            run(image_folder, "--exp-dir", tmp_path, "--save-steps", 1, "--resume", "auto")
+        torch.distributed.destroy_process_group()
+    assert [s for s in saved if s != "e_step.pth.tar"] == [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 1), (LAST, 1, 2)]
+    run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--resume", "auto")
+    assert_same(weights(tmp_path), weights(finished))
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0002.pth.tar"]
+    ours, whole = (next(r for r in records_of(f) if "seconds" in r and r["epoch"] == 1) for f in (tmp_path, finished))
+    assert ours["loss"] == pytest.approx(whole["loss"])  # of all steps, also those before the cut
 
 
 @pytest.mark.slow
