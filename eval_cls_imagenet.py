@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.builder import extract_features
-from pcl.distributed import get_rank, is_main, seed_everything, total_processes
+from pcl.distributed import RunError, get_rank, is_main, parallel, seed_everything, total_processes
 from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, normalize, share_of_rank
 from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
 from pcl.metrics import topk_accuracy
+from pcl.watch import leave_on_signals
 
 RESULTS = Path("Linear_eval")  # as published
 LAST = "checkpoint.pth.tar"
@@ -82,13 +84,12 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
     check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
-    folder = RESULTS / args.id
+    folder, automatic = RESULTS / args.id, args.resume == "auto"
     for place in (folder, RESULTS / f"{args.id}_tensorboard"):
         cli.check_folder(parser, f"--id {args.id}", place)
     cli.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
     if args.evaluate and not args.resume:
         parser.error("--evaluate: name the finished probe with --resume")
-    folder, automatic = RESULTS / args.id, args.resume == "auto"
     if automatic:
         args.resume = str(folder / LAST) if (folder / LAST).exists() else ""
     try:
@@ -103,8 +104,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    elif not automatic and folder.is_dir() and any(folder.iterdir()):
-        parser.error(f"--id {args.id}: {folder} holds another run; name another, or give --resume to go on with it")
+    goes_on = state is not None and Path(args.resume).resolve() == (folder / LAST).resolve()
+    if not (automatic or args.evaluate or goes_on) and folder.is_dir() and any(folder.iterdir()):
+        parser.error(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
     if args.evaluate:
         cli.leave_out_unreadable(parser, args, val)
     else:
@@ -196,7 +198,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     labels = torch.from_numpy(train_set.labels).to(device)
     sampler = EpochSampler(train_set, args.seed)
     loader = make_loader(train_set, sampler, batch, workers)
-    head = DistributedDataParallel(model.head, device_ids=[device] if device.type == "cuda" else None)
+    head = parallel(model.head, device)
     optimizer = torch.optim.SGD(head.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     history: list[dict[str, float]] = []
     if model.state:
@@ -211,6 +213,10 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
         figures = train_head(model.backbone, head, loader, labels, optimizer, epoch, args, record)
+        if not math.isfinite(figures["train_loss"]):
+            raise RunError(
+                f"the loss of epoch {epoch + 1} is not a finite number, at learning rate {figures['lr']:g}; lower --lr"
+            )
         if changed := first_difference(model.backbone, untouched):
             raise RuntimeError(f"the frozen backbone has changed: {changed}")
         figures |= validate(model.head, val_features, val_labels)
@@ -297,9 +303,9 @@ def save(
         "seed": args.seed,
         "deterministic": args.deterministic,
     }
-    checkpoint.save(RESULTS / args.id / LAST, state)
-    if history[-1]["test_acc"] == state["best_acc1"]:
+    if history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)
+    checkpoint.save(RESULTS / args.id / LAST, state)
 
 
 def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespace, classes: list[str]) -> None:
@@ -310,4 +316,5 @@ def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespa
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     main()

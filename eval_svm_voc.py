@@ -27,11 +27,11 @@ from torch import nn
 
 from pcl import checkpoint, cli, voc
 from pcl.builder import extract_features
-from pcl.distributed import FORESEEN, available_cores, reason_of, seed_everything
+from pcl.distributed import FORESEEN, RunError, available_cores, reason_of, seed_everything
 from pcl.loader import center_view, make_loader
 from pcl.logs import describe_machine, log, track, write_result
 from pcl.metrics import average_precision
-from pcl.watch import INTERRUPTED
+from pcl.watch import leave_on_signals
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
@@ -91,8 +91,6 @@ def main() -> None:
         evaluate(network, source, train, test, args)
     except FORESEEN as error:
         parser.fail(1, reason_of(error))
-    except KeyboardInterrupt:
-        parser.exit(INTERRUPTED, "\nstopped\n")
 
 
 def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:
@@ -161,6 +159,8 @@ def features_of(network: nn.Module, images: voc.VOCSplit, args: argparse.Namespa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = make_loader(images, range(len(images)), args.batch_size, min(args.num_workers, available_cores()))
     features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
+    if not features.isfinite().all():
+        raise RunError("features of images are not finite numbers: the weights are those of a run that has failed, or damaged")
     features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
     return features.cpu().numpy()
 
@@ -278,4 +278,5 @@ def spread(aps: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     main()

@@ -40,12 +40,15 @@ from pcl.distributed import (
     get_world_size,
     guarded,
     is_main,
+    leave_if_asked,
+    parallel,
+    same_on_all,
     seed_everything,
     shared_map,
     should_stop,
-    was_stopped,
+    wait_for_main,
 )
-from pcl.epoch import Begun, e_step_is_due, is_whole
+from pcl.epoch import Begun, is_whole
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -63,6 +66,7 @@ from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
 from pcl.monitor import Monitor, keep_e_step
 from pcl.sharded import cluster_all_sharded
+from pcl.watch import leave_on_signals
 
 
 def get_parser() -> cli.Parser:
@@ -137,6 +141,8 @@ def main() -> None:
     check(parser, args)
     if args.start_epoch >= args.epochs:
         log(f"nothing is left to do: {args.resume} has all of its {args.epochs} epochs")
+        if not (args.exp_dir / "figures").exists():  # it was stopped at its very end
+            draw_pictures(args.exp_dir)
         return
     cli.launch_or_exit(parser, train, args)
 
@@ -169,11 +175,16 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.keep_every and not args.keep:
         parser.error(f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too")
     cli.check_folder(parser, "--exp-dir", args.exp_dir)
-    automatic, notes, state = args.resume == "auto", [], None
-    if automatic:
-        args.resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
-        if notes and not args.resume:
+    args.automatic, notes, state = args.resume == "auto", [], None
+    newest = checkpoint.newest(args.exp_dir, notes.append)
+    if args.automatic:
+        args.resume = str(newest or "")
+        if notes and not newest:
             parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
+    elif args.resume and newest and newest.resolve() != Path(args.resume).resolve():
+        parser.error(
+            f"--resume: --exp-dir {args.exp_dir} holds a newer checkpoint, {newest.name}; move it away, or name another folder"
+        )
     if args.resume:
         try:
             with torch.device("meta"):
@@ -182,13 +193,13 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         except checkpoint.CheckpointError as error:
             parser.error(f"--resume: {error}")
         args.start_epoch = state["epoch"]
-        if args.start_epoch >= args.epochs and not automatic:
+        if args.start_epoch >= args.epochs and not args.automatic:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    elif not automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
+    elif not args.automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
         parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
     if args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
@@ -198,7 +209,8 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         val = val_folder(args)
         images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))
         check_number(parser, args, len(images))
-        if state and not is_whole(state, len(images), args):
+        args.num_images = len(images)
+        if state and not is_whole(state, args):
             parser.error(f"--resume: {args.resume} does not tell what is done of epoch {state['epoch'] + 1}; name another file")
 
 
@@ -214,6 +226,7 @@ def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
     record = RunLog(args.exp_dir, vars(args), args.exp_dir / "tensorboard")
+    wait_for_main()  # now no other run writes there
     on_device = args.augment_on == "device"
     view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
     read = read_tensor if on_device else read_image
@@ -228,35 +241,50 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     center_loader = make_loader(center_set, share_of_rank(len(center_set)), 5 * batch, workers)
 
     model = make_model(args).to(device, memory_format=memory_format(args))
-    parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    optimizer = torch.optim.SGD(parallel.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
-    begun = Begun()
-    if args.resume:
-        state = checkpoint.load_for_resume(args.resume, model, args.arch)
-        parallel.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        begun = Begun.of_checkpoint(state, len(train_set), device, args)
-        del state  # as large as the model
-    introduce(args, train_set, len(train_loader), device, record)
-    monitor = Monitor(train_set, val_loader(args, len(train_set)), args.monitor_freq, record)
+    wrapped = parallel(model, device)
+    optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
+    begun = go_on(wrapped, optimizer, device, args)
+    introduce(args, train_set, begun.epoch, len(train_loader), device, record)
+    monitor = Monitor(train_set, val_loader(args), args.monitor_freq, record)
 
-    for epoch in range(args.start_epoch, args.epochs):
+    first = begun.epoch
+    for epoch in range(first, args.epochs):
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
         if epoch >= args.warmup_epoch and not begun.clusterings:
             begun.clusterings = e_step(model, center_loader, epoch, args, record, monitor)
-        elif begun.steps == 0 and epoch < args.warmup_epoch and monitor.is_due(epoch):
+            save(wrapped, optimizer, begun, args)
+        elif epoch < args.warmup_epoch and begun.steps == 0:
             look_in_warm_up(model, center_loader, epoch, args, monitor)
         with guarded():
-            means = m_step(parallel, train_loader, optimizer, begun, epoch, args, record)
-            begun = Begun(clusterings=[] if e_step_is_due(epoch + 1, args) else begun.clusterings)
-            save(parallel, optimizer, args, epoch + 1, begun, len(train_set))
-            if was_stopped() and epoch + 1 < args.epochs:
-                exit_stopped()
-        if epoch == args.start_epoch:
+            means = m_step(wrapped, train_loader, optimizer, begun, args, record)
+            begun = begun.next(args)
+            save(wrapped, optimizer, begun, args, finished=True)
+            if begun.epoch < args.epochs:
+                leave_if_asked()
+        if epoch == first:
             tell_the_limit(means, args)
     if is_main():
         draw_pictures(args.exp_dir)
+
+
+def go_on(
+    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, device: torch.device, args: argparse.Namespace
+) -> Begun:
+    """Load the checkpoint to go on from, if there is one; what is done of its epoch."""
+    begun = Begun(args.start_epoch)
+    if args.automatic:  # another run may have been about to end when the command line was checked
+        args.resume = str(checkpoint.newest(args.exp_dir) or "")
+    if args.resume:
+        state = checkpoint.load_for_resume(args.resume, model.module, args.arch)
+        model.load_state_dict(state["state_dict"])
+        optimizer.load_state_dict(state["optimizer"])
+        begun = Begun.of_checkpoint(state, device, args)
+    if not same_on_all(begun.epoch * 2**32 + begun.steps):
+        raise RunError(
+            f"the processes go on from different checkpoints; --exp-dir {args.exp_dir} must be one folder for all nodes"
+        )
+    return begun
 
 
 def draw_pictures(exp_dir: Path) -> None:
@@ -275,7 +303,7 @@ def e_step(
 ) -> list[Clustering]:
     """Cluster the momentum features of every training image at each granularity."""
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
-    features, seen = momentum_features(model, loader, args, label)  # (N, C), or this rank's (n, C)
+    features, seen = momentum_features(model, loader, epoch, args, label)  # (N, C), or this rank's (n, C)
     if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:  # 1 if all of these unit vectors are the same
         log("warning: the features of all images are almost the same (collapsed); lower --lr, or see the README's settings")
     between = time.monotonic()
@@ -295,7 +323,9 @@ def e_step(
     return clusterings
 
 
-def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace, label: str) -> tuple[Tensor, range]:
+def momentum_features(
+    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, label: str
+) -> tuple[Tensor, range]:
     """Unit-length features of the center-cropped training images by the key encoder, and which images they are of.
 
     (N, C) of all, or with sharded k-means (n, C) of those that this rank has seen.
@@ -307,7 +337,7 @@ def momentum_features(model: MoCo, loader: DataLoader, args: argparse.Namespace,
         share = share_of_rank(num_images)
         features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
     if int(add_over_ranks((~features.sum(dim=1).isfinite()).sum())):
-        raise RunError(f"{label}: features of images are not finite numbers, {remedy(args.lr, args)}")
+        raise RunError(f"{label}: features of images are not finite numbers, {remedy(epoch, args)}")
     if args.kmeans == "sharded":
         return features, share
     return gather_interleaved(features, num_images), range(num_images)
@@ -319,9 +349,11 @@ def track_all(label: str, items: Any) -> Any:
 
 
 def look_in_warm_up(model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, monitor: Monitor) -> None:
-    """Show whether it learns, as after an E-step, where there are no clusters yet."""
+    """Show whether it learns, as after an E-step, where there are no clusters yet; not at each epoch."""
+    if not monitor.is_due(epoch):
+        return
     start = time.monotonic()
-    features, seen = momentum_features(model, loader, args, "monitor")
+    features, seen = momentum_features(model, loader, epoch, args, "monitor")
     monitor.look(epoch, model, features, seen, [], start)
     keep_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
 
@@ -331,11 +363,11 @@ def m_step(
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
     begun: Begun,
-    epoch: int,
     args: argparse.Namespace,
     record: RunLog,
 ) -> dict[str, float]:
     """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from what is begun; the means of its figures."""
+    epoch = begun.epoch
     lr = cli.set_learning_rate(optimizer, args, epoch)
     model.train()
     device, clusterings, meters = model.module.queue.device, begun.clusterings, begun.meters
@@ -365,22 +397,23 @@ def m_step(
         progress.step(step, meters)
         begun.steps, stop = step, should_stop()
         if step < len(loader) and (stop or (args.save_steps and step % args.save_steps == 0)):
-            check_loss(meters, epoch, lr, args)
-            save(model, optimizer, args, epoch, begun, len(loader.dataset))
+            check_loss(meters, epoch, args)
+            save(model, optimizer, begun, args)
             if stop:
                 exit_stopped()
-    check_loss(meters, epoch, lr, args)
+    check_loss(meters, epoch, args)
     return progress.close(meters, lr=lr)
 
 
-def check_loss(meters: Meters, epoch: int, lr: float, args: argparse.Namespace) -> None:
+def check_loss(meters: Meters, epoch: int, args: argparse.Namespace) -> None:
     """Stop before weights that are not numbers are saved."""
     if is_main() and (step := int(meters.finite_steps) + 1) <= meters.steps:
-        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(lr, args)}")
+        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(epoch, args)}")
 
 
-def remedy(lr: float, args: argparse.Namespace) -> str:
+def remedy(epoch: int, args: argparse.Namespace) -> str:
     """What to do about numbers that are not finite."""
+    lr = cli.learning_rate(args, epoch)
     good = checkpoint.newest(args.exp_dir)
     return f"at learning rate {lr:g}; lower --lr, and {f'go on with --resume {good}' if good else 'start again'}"
 
@@ -434,41 +467,36 @@ def make_model(args: argparse.Namespace) -> MoCo:
 def save(
     model: DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
-    args: argparse.Namespace,
-    epoch: int,
     begun: Begun,
-    num_images: int,
+    args: argparse.Namespace,
+    finished: bool = False,
 ) -> None:
     """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
 
     Args:
-        epoch: the one to go on with, as published.
-        begun: what is done of it.
-        num_images: N.
+        begun: what is done of the epoch to go on with.
+        finished: the one before it has just been finished; it is kept if its number says so.
     """
-    done = begun.state_over_ranks(num_images, args)
+    done, epoch = begun.state_over_ranks(args), begun.epoch
     if not is_main():
         return
     if not all(bool(value.isfinite().all()) for value in model.parameters()):
-        raise RunError(f"weights are not finite numbers after epoch {epoch}, {remedy(optimizer.param_groups[0]['lr'], args)}")
+        raise RunError(f"weights are not finite numbers after epoch {epoch}, {remedy(epoch - (begun.steps == 0), args)}")
     state = {
-        "epoch": epoch,
+        **done,
         "arch": args.arch,
         "state_dict": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "seed": args.seed,
         "deterministic": args.deterministic,
         "args": {name: str(value) for name, value in vars(args).items()},
-        **done,
     }
     last = args.exp_dir / checkpoint.LAST
-    if begun.steps:
-        checkpoint.save(last, state)
-    elif epoch % args.save_freq == 0 or epoch == args.epochs:
+    if finished and (epoch % args.save_freq == 0 or epoch == args.epochs):
         checkpoint.save(args.exp_dir / f"checkpoint_{epoch - 1:04d}.pth.tar", state)
         last.unlink(missing_ok=True)
         checkpoint.prune(args.exp_dir, args.keep, args.keep_every)
-    else:
+    elif finished or args.save_steps:
         checkpoint.save(last, state)
 
 
@@ -483,7 +511,7 @@ def val_folder(args: argparse.Namespace) -> IndexedFolder | None:
         return None
 
 
-def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
+def val_loader(args: argparse.Namespace) -> DataLoader | None:
     """This rank's share of the images of DIR/val/<class>/, for the monitor; None if they cannot tell anything.
 
     At most an eighth of the number of training images, so that looking costs little beside training.
@@ -491,7 +519,7 @@ def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
     images = val_folder(args)
     if images is None:
         return None
-    chosen = np.random.default_rng(0).permutation(len(images))[: num_images // 8]
+    chosen = np.random.default_rng(0).permutation(len(images))[: args.num_images // 8]
     images = images.subset(np.sort(chosen))
     if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:
         return None
@@ -499,7 +527,9 @@ def val_loader(args: argparse.Namespace, num_images: int) -> DataLoader | None:
     return make_loader(images, share_of_rank(len(images)), 5 * batch, workers)
 
 
-def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, device: torch.device, record: RunLog) -> None:
+def introduce(
+    args: argparse.Namespace, images: IndexedFolder, epoch: int, steps: int, device: torch.device, record: RunLog
+) -> None:
     """Say on what, with what and how long this run will train."""
     world, batch = get_world_size(), cli.global_batch(args)
     facts = {
@@ -511,7 +541,7 @@ def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, devic
         "batch_of_a_process": batch // world,
         "steps_of_an_epoch": steps,
         "seed": args.seed,
-        "first_epoch": args.start_epoch,
+        "first_epoch": epoch,
         "negatives_at_most": [min(args.pcl_r, k - 1) for k in args.num_cluster],
     }
     record.write(**facts)
@@ -528,8 +558,9 @@ def introduce(args: argparse.Namespace, images: IndexedFolder, steps: int, devic
         for k, negatives in zip(args.num_cluster, facts["negatives_at_most"], strict=True):
             few = "; fewer than 10 images in each: prototypes of so few say little" if len(images) < 10 * k else ""
             log(f"clusters: {k} of {len(images) / k:.0f} images, {negatives} negatives at most{few}")
-    log(f"epochs: {args.start_epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
+    log(f"epochs: {epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     main()

@@ -95,11 +95,12 @@ def low_shot() -> Row:
         write_image_folder(root)
         write_voc(root, root)
         options = [folder, "--random-init", "--arch", "resnet18", "--image-size", "112", "--low-shot", "--num-workers", "2"]
-        args = eval_svm_voc.get_parser().parse_args(options)
+        parser = eval_svm_voc.get_parser()
+        args = parser.parse_args(options)
         images_passed = ImagesPassed()
 
         start = time.perf_counter()
-        eval_svm_voc.evaluate(args)
+        eval_svm_voc.evaluate(*eval_svm_voc.open_all(parser, args), args)
         ours, ours_passed = time.perf_counter() - start, images_passed.pop()
 
         start = time.perf_counter()

@@ -147,6 +147,8 @@ def main() -> None:
         before = (0, 0)
         while sum(killed.values()) < args.kills or before > (0, 0):
             exp_dir = root / f"run_{number}"
+            for part in exp_dir.glob(".checkpoint*.part"):  # of the last kill; a run would write over it
+                part.unlink()
             process = start(root / "images", exp_dir)
             if sum(killed.values()) < args.kills:
                 wait, victim = generator.uniform(0, 0.4 * whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])

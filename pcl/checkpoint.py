@@ -21,13 +21,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from pcl.distributed import RunError
+from pcl.distributed import FORESEEN, RunError, reason_of
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RunError):
     """A checkpoint that is missing, damaged or of something else; the message names it and what is wrong."""
 
 
@@ -57,12 +57,11 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make sure that a renamed file keeps its new name if the power fails."""
+    """Make sure that a renamed file keeps its new name if the power fails, where the file system can do that for a folder."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):
         os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def _warn(message: str) -> None:
@@ -363,8 +362,8 @@ def main() -> None:
             raise CheckpointError(f"{args.out}: exists already, or its folder does not; name another file")
         network, arch = load_backbone(args.checkpoint, args.arch)
         save(args.out, network.state_dict())
-    except (CheckpointError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except FORESEEN as error:
+        parser.exit(2, f"{parser.prog}: error: {reason_of(error)}\n")
     print(f"{args.out}: {arch} without its fc. To load it:")
     print(f"  network = torchvision.models.{arch}()")
     if has_small_stem(arch, network.state_dict()):

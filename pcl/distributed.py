@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
 
@@ -87,7 +88,7 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
     nproc = local_processes(args)
     if launched_outside():
         args.dist_url = "env://"
-        _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc)
+        _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc, os.getppid())
         return
     args.dist_url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
     if nproc == 1:
@@ -99,10 +100,11 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
 def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
     """Start the processes of this node, pass signals on to them, and end them all if one ends badly."""
     processes: list[Any] = []
-    interrupted = 0.0
+    interrupted, passed_on = 0.0, set()
 
     def pass_on(number: int, _: Any) -> None:
         nonlocal interrupted
+        passed_on.add(number)
         if number == signal.SIGINT:
             if interrupted and time.monotonic() - interrupted > 1:
                 for process in processes:
@@ -125,33 +127,37 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, pass_on)
-        codes = _await(processes)
+        first = _await(processes)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for local_rank, code in enumerate(codes):
-        if code < 0:
-            raise RunError(f"process {local_rank} was ended by {signal.Signals(-code).name}; the others were stopped")
-    worst = max(codes, key=lambda code: (code not in (0, PREEMPTED), code))
-    if worst:
-        raise SystemExit(INTERRUPTED if interrupted and worst == PREEMPTED else worst)
+    local_rank, code = first
+    if code and interrupted:
+        raise SystemExit(INTERRUPTED)
+    if -code in passed_on:  # it was still importing
+        raise SystemExit(PREEMPTED)
+    if code < 0:
+        raise RunError(f"process {local_rank} was ended by {signal.Signals(-code).name}; the others were stopped")
+    if code:
+        raise SystemExit(code)
 
 
-def _await(processes: Sequence[Any]) -> list[int]:
-    """The exit codes of processes, of which the others are stopped a while after one ended badly (their own code is 0 then)."""
-    deadline, stopped = None, []
-    while alive := [process for process in processes if process.is_alive()]:
-        wait([process.sentinel for process in alive], timeout=1)
-        bad = [process.exitcode for process in processes if process.exitcode]
-        if bad and deadline is None:
+def _await(processes: Sequence[Any]) -> tuple[int, int]:
+    """Number and exit code of the first process that ended badly, of which the others are stopped a while after; or (0, 0)."""
+    first, deadline = (0, 0), 0.0
+    while True:
+        alive = [process for process in processes if process.is_alive()]
+        bad = [(number, process.exitcode) for number, process in enumerate(processes) if process.exitcode]
+        if bad and not deadline:
             # Time to learn of it, and to save where they were asked to stop.
-            deadline = time.monotonic() + (GRACE + 10 if bad[0] == PREEMPTED else 10)
-        if deadline is not None and time.monotonic() > deadline:
-            stopped = alive
+            first, deadline = bad[0], time.monotonic() + (GRACE + 10 if bad[0][1] == PREEMPTED else 10)
+        if not alive:
+            return first
+        if deadline and time.monotonic() > deadline:
             for process in alive:
                 process.kill()
                 process.join()
-    return [0 if process in stopped else process.exitcode for process in processes]
+        wait([process.sentinel for process in alive], timeout=1)
 
 
 def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
@@ -174,14 +180,28 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
             worker(torch.device(_device(local_rank, args)), args)
             wait_for_main()
         except Exception as error:
-            if _watch.asked:  # the others have left
-                _watch.leave()
-            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+            if lost or _watch.asked:
                 _watch.wait_for_reason()
-            if _watch.tell_failure(reason_of(error)):
+            told = _with_remedy(error, lost)
+            if not _watch.tell_failure(reason_of(told)):
+                raise SystemExit(1) from None
+            if told is error:
                 raise
-            raise SystemExit(1) from None
+            raise told from None
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
+
+
+def _with_remedy(error: Exception, lost: bool) -> Exception:
+    """The error, or what a user can make of it; `lost`: another process did not answer."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if lost:
+        return RunError(f"another process did not answer, and nothing is known of its end ({text}); does one hang?")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return RunError(f"out of memory: lower --batch-size or --image-size ({text})")
+    if "DataLoader worker" in text:
+        return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({text})")
+    return error
 
 
 def _device(local_rank: int, args: Namespace) -> str:
@@ -257,6 +277,22 @@ def _wait_for_server(host: str, port: int, end: float) -> None:
             time.sleep(0.2)
 
 
+def parallel(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DistributedDataParallel; of several processes on the CPU, a step's gradients do not depend on the steps before it."""
+    wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    if device.type == "cpu" and get_world_size() > 2:
+        # From its second step on it sends gradients in another order, in which gloo adds the ranks in another order.
+        wrapped.register_comm_hook(None, _mean_in_order_of_ranks)
+    return wrapped
+
+
+def _mean_in_order_of_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    gradients = gather(bucket.buffer()).view(get_world_size(), -1)  # (W, numbers)
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(gradients.sum(dim=0) / get_world_size())
+    return future
+
+
 def guarded() -> Any:
     """`pcl.watch.Watch.guarded` of this process's watch: what is inside is finished and saved where a signal asks to stop."""
     return _watch.guarded() if _watch else nullcontext()
@@ -267,9 +303,10 @@ def should_stop() -> bool:
     return _watch.should_stop() if _watch and dist.is_initialized() else False
 
 
-def was_stopped() -> bool:
-    """Whether this was so at the last step of an epoch."""
-    return _watch.forget_question() if _watch else False
+def leave_if_asked() -> None:
+    """End the run, which has saved, if a signal asked for that at the last step of its epoch."""
+    if _watch and _watch.forget_question():
+        exit_stopped()
 
 
 def exit_stopped() -> NoReturn:
@@ -362,7 +399,7 @@ def mean_over_ranks(values: Sequence[float]) -> list[float]:
     """The mean of each number over the ranks."""
     means = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(means, group=_patient_group)
+        dist.all_reduce(means)
     return (means / get_world_size()).tolist()
 
 

@@ -1,7 +1,4 @@
-"""What is done of an epoch of pre-training, so that another process can finish it to the bit.
-
-Letters: N images, C features, K prototypes.
-"""
+"""What is done of an epoch of pre-training, so that another process can finish it to the bit."""
 
 from __future__ import annotations
 
@@ -21,46 +18,54 @@ def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
     return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
 
 
-def terms_of_epoch(num_images: int, args: argparse.Namespace) -> dict[str, Any]:
+def terms_of_epoch(args: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for an epoch to be finished by another run than began it."""
-    batch, clusters = cli.global_batch(args), args.num_cluster if args.warmup_epoch < args.epochs else []
-    return {"images": num_images, "batch": batch, "seed": args.seed, "clusters": clusters, "warm_up": args.warmup_epoch}
+    terms = {"images": args.num_images, "batch": cli.global_batch(args), "seed": args.seed, "warm_up": args.warmup_epoch}
+    if args.warmup_epoch < args.epochs:
+        terms |= {"clusters": args.num_cluster, "kmeans_every": args.kmeans_every}
+    return terms
 
 
 @dataclass
 class Begun:
     """What is done of an epoch: nothing yet, its E-step (or an earlier one's that counts), some steps of its M-step too."""
 
+    epoch: int = 0  # the one to go on with
     steps: int = 0
     clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
     meters: Meters = field(default_factory=Meters)
 
-    def state_over_ranks(self, num_images: int, args: argparse.Namespace) -> dict[str, Any]:
-        """For a checkpoint; empty if nothing is done. Every rank must call it."""
+    def next(self, args: argparse.Namespace) -> Begun:
+        """The next epoch, of which nothing is done; it keeps the clusters if it is to make no new ones."""
+        return Begun(self.epoch + 1, clusterings=[] if e_step_is_due(self.epoch + 1, args) else self.clusterings)
+
+    def state_over_ranks(self, args: argparse.Namespace) -> dict[str, Any]:
+        """For a checkpoint. Every rank must call it."""
         if not (self.steps or self.clusterings):
-            return {}
+            return {"epoch": self.epoch}
         meters = self.meters.state_over_ranks() if self.steps else {}
         clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in self.clusterings]
-        terms = terms_of_epoch(num_images, args)
-        return {"steps": self.steps, "clusterings": clusterings, "meters": meters, "terms": terms}
+        done = {"steps": self.steps, "clusterings": clusterings, "meters": meters}
+        return {"epoch": self.epoch, **done, "terms": terms_of_epoch(args)}
 
     @classmethod
-    def of_checkpoint(cls, state: dict[str, Any], num_images: int, device: torch.device, args: argparse.Namespace) -> Begun:
-        """Of the epoch to go on with; nothing if it cannot be finished with these images and options."""
-        if "terms" not in state or (state["steps"] == 0 and e_step_is_due(state["epoch"], args)):
-            return cls()
-        if state["terms"] != terms_of_epoch(num_images, args):
+    def of_checkpoint(cls, state: dict[str, Any], device: torch.device, args: argparse.Namespace) -> Begun:
+        """Of the epoch to go on with; nothing is done of it if it cannot be finished with these images and options."""
+        if "terms" not in state:
+            return cls(state["epoch"])
+        if state["terms"] != terms_of_epoch(args):
             log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
-            return cls()
+            return cls(state["epoch"])
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
-        return cls(state["steps"], clusterings, Meters.go_on(state["meters"], device) if state["steps"] else Meters())
+        meters = Meters.go_on(state["meters"], device) if state["steps"] else Meters()
+        return cls(state["epoch"], state["steps"], clusterings, meters)
 
 
-def is_whole(state: dict[str, Any], num_images: int, args: argparse.Namespace) -> bool:
+def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
     """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes and dtypes tell."""
     if "terms" not in state:
         return not state["steps"]
-    wanted, terms = terms_of_epoch(num_images, args), state["terms"]
+    wanted, terms = terms_of_epoch(args), state["terms"]
     lists_or_counts = checkpoint.is_list_of(checkpoint.is_count), checkpoint.is_count
     if not checkpoint.is_dict(terms) or not all(any(holds(v) for holds in lists_or_counts) for v in terms.values()):
         return False
@@ -69,7 +74,7 @@ def is_whole(state: dict[str, Any], num_images: int, args: argparse.Namespace) -
     sizes = args.num_cluster if state["epoch"] >= args.warmup_epoch else []
     clusterings = [
         {
-            "im2cluster": ((num_images,), torch.int64),
+            "im2cluster": ((args.num_images,), torch.int64),
             "prototypes": ((k, args.low_dim), torch.float32),
             "concentration": ((k,), torch.float32),
         }
@@ -82,5 +87,5 @@ def is_whole(state: dict[str, Any], num_images: int, args: argparse.Namespace) -
         numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
     except (KeyError, TypeError, AttributeError):
         return False
-    fits = found == clusterings and state["steps"] * wanted["batch"] <= num_images
+    fits = found == clusterings and state["steps"] * wanted["batch"] <= args.num_images
     return fits and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])

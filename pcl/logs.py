@@ -121,8 +121,11 @@ class RunLog:
     def write(self, **record: Any) -> None:
         """Append one record, with the time (seconds since 1970)."""
         if is_main():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
+            except OSError as error:  # a line of the log is not worth a run
+                log(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on")
 
     def figures(self, epoch: int, **figures: float) -> None:
         """Append an epoch's figures (from 0), and show them in TensorBoard."""

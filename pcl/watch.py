@@ -11,13 +11,14 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,17 @@ PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "tr
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 25.0  # seconds that a guarded process has to finish its step and save
 SILENCE = 30.0  # seconds without a beat after which a process is given up
+
+
+def leave_on_signals() -> None:
+    """From the start of a script until its process is watched: nothing is begun yet, so that a signal ends it at once."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
 
 
 class Watch:
@@ -41,7 +53,9 @@ class Watch:
         self._asked_at, self._silence = 0.0, SILENCE
         self._guarded = self._leaving = self._closed = False
         self._launcher = launcher
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
+        self._address = ("", 0)
+        self._heard = 0.0  # when the store last answered
         self._rank = self._world = self._node = 0
         self._beats: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one and when it was new
         self._group: dist.ProcessGroup | None = None
@@ -67,14 +81,19 @@ class Watch:
             address: host and port of its store.
             node: number of this machine.
         """
-        self._group, self._node = group, node
+        self._group, self._node, self._address = group, node, address
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        # A connection of its own, since a store that waits for something lets nobody else through.
-        host, port = address
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE / 4))
+        store = self._connect()
         store.set(f"beat/{self._rank}", "0")
         dist.barrier(group)  # from here on everybody has a beat
-        self._store = store
+        self._heard, self._store = time.monotonic(), store
+
+    def _connect(self) -> dist.Store:
+        """A connection of its own, since a store that waits for something lets nobody else through."""
+        host, port = self._address
+        socket.create_connection(self._address, timeout=SILENCE / 6).close()  # torch's own waiting fills pages with warnings
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE / 6))
+        return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def should_stop(self) -> bool:
         """Whether to stop after this step: the same answer on every rank, so each must ask after every step.
@@ -124,10 +143,12 @@ class Watch:
         os._exit(self.exit_code)
 
     def wait_for_reason(self) -> None:
-        """Another process seems to be gone: find out which one and why; ends this one if that is found."""
-        if self._store:
+        """Another process seems to be gone: find out which one and why; ends this one if that is found, or others have left."""
+        if self._heard:
             self._silence = SILENCE / 8
-            time.sleep(SILENCE / 2)
+            time.sleep(3 if self.asked else SILENCE / 2)
+        if self.asked:
+            self.leave()
 
     def tell_failure(self, reason: str) -> bool:
         """Let the other processes end with the reason of this one's failure; False if one of this machine was first."""
@@ -160,12 +181,9 @@ class Watch:
                         self._ask(number)
             if self._launcher and os.getppid() != self._launcher and not self.asked:
                 self._ask(signal.SIGHUP)
-            if self._store:
+            if self._heard:
                 beat += 1
-                try:
-                    self._exchange(beat)
-                except RuntimeError:  # of many kinds: the store, that is rank 0 or its machine, is gone
-                    self._end("process 0 has ended or no longer answers", tell=True)
+                self._talk(beat)
             self._leave_if_due()
 
     def _ask(self, number: int) -> None:
@@ -181,23 +199,35 @@ class Watch:
         if not self.asked:
             self._asked_at, self.asked = time.monotonic(), number
 
-    def _exchange(self, beat: int) -> None:
-        """Tell and hear through the store."""
-        assert self._store
-        self._store.set(f"beat/{self._rank}", str(beat))
-        self._store.wait(["beat/0"], timedelta(seconds=SILENCE / 4))  # the others would wait for a frozen store for ever
-        if self.asked and not self._store.check(["stop"]):
-            self._store.set("stop", str(int(self.asked)))
-        elif not self.asked and self._store.check(["stop"]):
-            self._note(int(self._store.get("stop")))
-        if self._store.check(["failure"]):
-            failure = json.loads(self._store.get("failure"))
+    def _talk(self, beat: int) -> None:
+        """Tell and hear through the store, which is rank 0's or the outside launcher's."""
+        try:
+            self._store = self._store or self._connect()
+            self._exchange(self._store, beat)
+            self._heard = time.monotonic()
+        except (RuntimeError, OSError) as error:  # of many kinds
+            self._store = None
+            gone = isinstance(error, ConnectionRefusedError)  # its process has ended; others may be a pause of the network
+            if gone or time.monotonic() - self._heard > self._silence:
+                self._end("process 0 has ended or no longer answers", tell=True)
+
+    def _exchange(self, store: dist.Store, beat: int) -> None:
+        store.set(f"beat/{self._rank}", str(beat))
+        store.wait(["beat/0"], timedelta(seconds=SILENCE / 6))  # one would wait for a frozen store for ever
+        if store.check(["failure"]):
+            failure = json.loads(store.get("failure"))
             if failure["rank"] != self._rank:  # who failed has told on its own machine
-                tell = failure["node"] != self._node
-                self._end(f"process {failure['rank']} has failed: {failure['reason']}", tell)
+                self.asked = 0  # an outside launcher stops the others of one that has failed
+                self._end(f"process {failure['rank']} has failed: {failure['reason']}", tell=failure["node"] != self._node)
+        if self.asked and not store.check(["stop"]):
+            store.set("stop", str(int(self.asked)))
+        elif not self.asked and store.check(["stop"]):
+            self._note(int(store.get("stop")))
         others = [r for r in range(self._world) if r != self._rank] if self._rank == 0 else [0]
         now = time.monotonic()
-        for rank, value in zip(others, self._store.multi_get([f"beat/{r}" for r in others]), strict=True):
+        if now - self._heard > SILENCE / 3:  # this process was frozen itself, and has not heard what others said meanwhile
+            self._beats.clear()
+        for rank, value in zip(others, store.multi_get([f"beat/{r}" for r in others]), strict=True):
             last, since = self._beats.get(rank, (b"", now))
             self._beats[rank] = (value, now if value != last else since)
             if value == last and now - since > self._silence:

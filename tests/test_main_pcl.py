@@ -150,7 +150,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
     with monkeypatch.context() as patch:
         patch.setattr(main_pcl, "m_step", m_step)
         with pytest.raises(Stop):
-            run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2)
+            run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2, "--save-steps", 0)
         torch.distributed.destroy_process_group()
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint_0001.pth.tar"]
 
@@ -193,7 +193,8 @@ def test_a_run_with_all_that_small_data_needs_comes_to_its_end(image_folder, fin
 
 
 @pytest.mark.slow
-def test_a_run_cut_off_in_the_middle_of_an_epoch_goes_on_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [0, 2], ids=["after its E-step", "in the middle of its M-step"])
+def test_a_run_cut_off_in_an_epoch_goes_on_to_the_bit(image_folder, finished, tmp_path, monkeypatch, steps):
     class Cut(Exception):  # noqa: N818
         pass
 
@@ -202,7 +203,7 @@ def test_a_run_cut_off_in_the_middle_of_an_epoch_goes_on_to_the_bit(image_folder
     def cut_after_a_save(path, state):
         save(path, state)
         saved.append((path.name, state["epoch"], state.get("steps", 0)) if "epoch" in state and "steps" in state else path.name)
-        if saved[-1] == (LAST, 1, 2):
+        if saved[-1] == (LAST, 1, steps):
             raise Cut
 
     with monkeypatch.context() as patch:
@@ -210,8 +211,10 @@ def test_a_run_cut_off_in_the_middle_of_an_epoch_goes_on_to_the_bit(image_folder
         with pytest.raises(Cut):
             run(image_folder, "--exp-dir", tmp_path, "--save-steps", 1, "--resume", "auto")
         torch.distributed.destroy_process_group()
-    assert [s for s in saved if s != "e_step.pth.tar"] == [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 1), (LAST, 1, 2)]
+    expected = [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 0), (LAST, 1, 1), (LAST, 1, 2)]
+    assert [s for s in saved if s != "e_step.pth.tar"] == expected[: 4 + steps]
     run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--resume", "auto")
+    assert [r["epoch"] for r in records_of(tmp_path) if "kmeans_seconds" in r] == [1, 2]  # the second epoch's not again
     assert_same(weights(tmp_path), weights(finished))
     assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0002.pth.tar"]
     ours, whole = (next(r for r in records_of(f) if "seconds" in r and r["epoch"] == 1) for f in (tmp_path, finished))
