@@ -112,7 +112,7 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
             interrupted = interrupted or time.monotonic()
         for process in processes:
             if process.is_alive():
-                # Ctrl-C reaches the processes of a terminal too, which ignore it.
+                # Ctrl-C reaches the processes of a terminal too, where it is blocked.
                 os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -121,14 +121,15 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         resource_tracker.ensure_running()
-        for number in set(SIGNALS) - {signal.SIGINT}:  # .. and Ctrl-C gives no traceback of one that is still importing.
-            signal.signal(number, before[number])
-        processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, pass_on)
+            signal.signal(number, handler if handler is signal.SIG_IGN else pass_on)
+        # .. and so is what is blocked: Ctrl-C gives no traceback of a process that is still importing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         first = _await(processes)
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for number, handler in before.items():
             signal.signal(number, handler)
     local_rank, code = first
@@ -282,11 +283,11 @@ def parallel(module: torch.nn.Module, device: torch.device) -> DistributedDataPa
     wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
     if device.type == "cpu" and get_world_size() > 2:
         # From its second step on it sends gradients in another order, in which gloo adds the ranks in another order.
-        wrapped.register_comm_hook(None, _mean_in_order_of_ranks)
+        wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_order_of_ranks(bucket))
     return wrapped
 
 
-def _mean_in_order_of_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_in_order_of_ranks(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     gradients = gather(bucket.buffer()).view(get_world_size(), -1)  # (W, numbers)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(gradients.sum(dim=0) / get_world_size())

@@ -77,22 +77,13 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    """Runs `worker(device, args)` on two ranks; each saves its result to args.out with `save_result`; returns both."""
+    """Runs `worker(device, args)` on two ranks; each saves its result to args.out with `save_result`; returns them."""
 
     def run(worker, **options):
-        args = Namespace(
-            nproc=2,
-            gpu=None,
-            world_size=1,
-            rank=0,
-            dist_url=None,
-            dist_backend="nccl",
-            seed=0,
-            deterministic=True,
-            dist_timeout=60,
-        )
-        distributed.launch(worker, Namespace(**vars(args), out=tmp_path, **options))
-        return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+        usual = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "nccl", "seed": 0}
+        args = Namespace(**usual | {"deterministic": True, "dist_timeout": 60, "out": tmp_path} | options)
+        distributed.launch(worker, args)
+        return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(args.nproc)]
 
     return run
 

@@ -105,3 +105,60 @@ def test_a_seed_is_drawn_where_none_is_given_and_known_to_all():
         distributed.launch(lambda device, args: seeds.append(args.seed), args)
     assert seeds[0] != seeds[1]
     assert not torch.distributed.is_initialized()
+
+
+def gradients_of_two_steps(device, args):
+    torch.manual_seed(get_rank())
+    images = torch.randn(4, 3, 8, 8)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 96, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(96 * 36, 96), torch.nn.Linear(96, 7)
+    )
+    wrapped, steps = distributed.parallel(network, device), []
+    for _ in range(2):
+        wrapped.zero_grad()
+        wrapped(images).square().sum().backward()
+        steps.append([parameter.grad.clone() for parameter in network.parameters()])
+    own = torch.autograd.grad(network(images).square().sum(), list(network.parameters()))
+    save_result(args, first=steps[0], second=steps[1], own=list(own))
+
+
+@pytest.mark.dist
+def test_of_three_processes_the_second_step_s_gradients_are_the_first_one_s_to_the_bit(two_ranks):
+    results = two_ranks(gradients_of_two_steps, nproc=3)
+    for number, (first, second) in enumerate(zip(results[0]["first"], results[0]["second"], strict=True)):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, sum(result["own"][number] for result in results) / 3, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"), "a loader process has ended"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: lower --batch-size"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError(), "out of memory: lower --batch-size or --image-size (MemoryError)"),
+    ],
+)
+def test_what_often_ends_a_run_is_one_line_with_its_remedy(error, told):
+    def worker(device, args):
+        raise error
+
+    args = Namespace(nproc=1, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0, dist_timeout=60)
+    args.deterministic = False
+    with pytest.raises(distributed.RunError) as caught:
+        distributed.launch(worker, args)
+    torch.distributed.destroy_process_group()
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_the_code_keeps_its_traceback():
+    def worker(device, args):
+        raise ZeroDivisionError("a fault of ours")
+
+    args = Namespace(nproc=1, gpu=None, world_size=1, rank=0, dist_url=None, dist_backend="nccl", seed=0, dist_timeout=60)
+    args.deterministic = False
+    with pytest.raises(ZeroDivisionError, match="a fault of ours"):
+        distributed.launch(worker, args)
+    torch.distributed.destroy_process_group()

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from argparse import Namespace
 
@@ -118,6 +119,20 @@ def test_a_probe_without_unreadable_images_is_one_that_never_had_them(six_classe
     out = capsys.readouterr().out
     assert "unreadable and left out: 1 of 18 images\n" in out  # training images are not looked at
     assert f"top-1 {histories[0][-1]['test_acc']:.2f} %" in out
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_probe_before_it_is_saved(six_classes, pretrained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--lr", "9e29", "--wd", "9e29")
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    assert re.fullmatch(
+        r"eval_cls_imagenet.py: error: the loss of epoch \d is not a finite number, at learning rate .*; lower --lr\n",
+        capsys.readouterr().err,
+    )
+    for path in (tmp_path / "Linear_eval" / "x").glob("*.pth.tar"):
+        assert all(value.isfinite().all() for value in load(path)["state_dict"].values())
 
 
 @pytest.mark.slow

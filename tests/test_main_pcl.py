@@ -395,6 +395,12 @@ WRONG = {
     "fewer readable images than a batch": ("{broken}", "--skip-unreadable -b 10", "10 images in a step, but {broken} holds 9"),
     "fewer readable images than clusters": ("{broken}", "--skip-unreadable --num-cluster 10", "than the 9 images"),
     "two schedules": ("{images}", "--schedule 1 2", "--cos and --schedule exclude each other"),
+    "an older checkpoint": (
+        "{images}",
+        "--exp-dir {run} --resume {older} --epochs 9",
+        "--exp-dir {run} holds a newer checkpoint, checkpoint_0002.pth.tar; move it away",
+    ),
+    "another run's folder": ("{images}", "--exp-dir {run} --resume {copy} --epochs 9", "holds a newer checkpoint"),
     "damaged checkpoints": ("{images}", "--exp-dir {damaged} --resume auto", "no checkpoint of {damaged} can be opened"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
     "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
@@ -420,6 +426,9 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     places["damaged"].mkdir()
     (places["damaged"] / "checkpoint_0001.pth.tar").write_bytes(b"PK half of a file")
     places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
+    places["copy"] = shutil.copy(places["checkpoint"], tmp_path / "checkpoint_0002.pth.tar")
+    places["older"] = tmp_path / "checkpoint_0000.pth.tar"
+    torch.save(load(places["checkpoint"]) | {"epoch": 1}, places["older"])
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
     with pytest.raises(SystemExit) as stop:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, run_script, weights
+from conftest import ROOT, assert_same, run_script, save_result, weights
 from PIL import Image
 
 import main_pcl
@@ -39,7 +39,7 @@ class Run:
     def ranks(self):
         """Process ids of its training processes."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def wait_for(self, text, seconds=120):
         end = time.monotonic() + seconds
@@ -119,6 +119,33 @@ def test_a_signal_ends_all_processes_saved(images, tmp_path, number, code, nproc
         for code, out in (whole.end(200), again.end(200)):
             assert code == 0, out
         assert_same(weights(again.exp_dir, 1), weights(whole.exp_dir, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
+def test_a_signal_while_processes_start_has_its_code_too(images, tmp_path, number, code):
+    run = Run(images, tmp_path / "run", "--nproc", "2")
+    end = time.monotonic() + 60
+    while not run.ranks():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(run.process.pid, number)
+    ended, out = run.end()
+    assert (ended, "Traceback" in out) == (code, False), out
+
+
+def freeze_for_a_while(device, args):
+    if get_rank() == 0:
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {os.getpid()}; sleep 8; kill -CONT {os.getpid()}"])
+    time.sleep(16)
+    torch.distributed.all_reduce(torch.zeros(1))
+    save_result(args, done=True)
+
+
+@pytest.mark.dist
+def test_a_pause_ends_nothing(two_ranks):
+    assert all(result["done"] for result in two_ranks(freeze_for_a_while))
 
 
 @pytest.mark.slow
