@@ -129,7 +129,10 @@ def pixels_of(read, path):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_image_looks_as_a_person_expects(tmp_path, name, read):
     image, options, expected, tolerance = KINDS[name]
-    image.save(tmp_path / name, **options)
+    if name == "16 bits.pgm":  # which Pillow reads, but did not always write
+        (tmp_path / name).write_bytes(b"P5 60 40 65535\n" + DEEP.astype(">u2").tobytes())
+    else:
+        image.save(tmp_path / name, **options)
     found = pixels_of(read, tmp_path / name)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= tolerance
