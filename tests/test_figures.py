@@ -91,7 +91,7 @@ def test_a_few_images_without_labels_are_enough(tmp_path, count):
     assert {path.stem for path in figures.draw(exp_dir)} >= {"tsne", "concentration", "prototypes_1", f"prototypes_{count}"}
 
 
-@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, of letters and of names that it leaves out
+@pytest.mark.filterwarnings("error::UserWarning", "ignore::DeprecationWarning")  # matplotlib's of letters, not its parser's
 def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
     names = ["_hidden", "$a$b$", "x" * 200, "z\udce9 no UTF-8", *(f"class {i:02d}" for i in range(20))]
     for i, name in enumerate(names):
