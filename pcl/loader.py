@@ -7,6 +7,7 @@ depend on the number of loader workers and an epoch can be repeated.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 import threading
@@ -361,12 +362,15 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_start_worker,
     )
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Have a loader's worker outlive a signal that reaches all, so that its process can finish the step and save."""
+    # A copy of what is garbage in its process must not be taken apart here: the group of an earlier run would wait for threads
+    # that were not copied.
+    gc.freeze()
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

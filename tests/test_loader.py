@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -455,3 +456,33 @@ def test_batches_are_normalized_to_the_bit_as_torchvision_does():
     slow = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     expected = torch.stack([transforms.Compose(slow)(Image.fromarray(image)) for image in pixels])
     assert torch.equal(normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)), expected)
+
+
+class TakenApart:
+    """Cyclic garbage whose end would be noticed, as that of a group of processes of which a fork has no threads."""
+
+    def __init__(self, path):
+        self.cycle, self.path, self.owner = self, path, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.owner:
+            self.path.touch()
+
+
+class Collecting:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        gc.collect()
+        return index
+
+
+def test_a_worker_leaves_the_garbage_of_its_process_alone(tmp_path):
+    gc.disable()
+    try:
+        TakenApart(tmp_path / "taken apart")
+        assert torch.cat(list(make_loader(Collecting(), range(4), 2, workers=1))).tolist() == [0, 1, 2, 3]
+    finally:
+        gc.enable()
+    assert not list(tmp_path.iterdir())
