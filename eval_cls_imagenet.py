@@ -316,5 +316,5 @@ def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespa
 
 
 if __name__ == "__main__":
-    leave_on_signals()
-    main()
+    with leave_on_signals():
+        main()

@@ -278,5 +278,5 @@ def spread(aps: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    leave_on_signals()
-    main()
+    with leave_on_signals():
+        main()

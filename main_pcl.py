@@ -141,8 +141,6 @@ def main() -> None:
     check(parser, args)
     if args.start_epoch >= args.epochs:
         log(f"nothing is left to do: {args.resume} has all of its {args.epochs} epochs")
-        if not (args.exp_dir / "figures").exists():  # it was stopped at its very end
-            draw_pictures(args.exp_dir)
         return
     cli.launch_or_exit(parser, train, args)
 
@@ -562,5 +560,5 @@ def introduce(
 
 
 if __name__ == "__main__":
-    leave_on_signals()
-    main()
+    with leave_on_signals():
+        main()

@@ -88,7 +88,9 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
     nproc = local_processes(args)
     if launched_outside():
         args.dist_url = "env://"
-        _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc, os.getppid())
+        # Under torchrun the launcher is its agent; one that was started by hand may outlive its shell.
+        agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc, agent)
         return
     args.dist_url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
     if nproc == 1:
@@ -127,6 +129,8 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        for early in list(passed_on):  # it came before there was anybody to pass it on to
+            pass_on(early, None)
         first = _await(processes)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -182,7 +186,7 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
             wait_for_main()
         except Exception as error:
             lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-            if lost or _watch.asked:
+            if lost or (_watch.asked and not isinstance(error, FORESEEN)):
                 _watch.wait_for_reason()
             told = _with_remedy(error, lost)
             if not _watch.tell_failure(reason_of(told)):
@@ -200,7 +204,7 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return RunError(f"another process did not answer, and nothing is known of its end ({text}); does one hang?")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return RunError(f"out of memory: lower --batch-size or --image-size ({text})")
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:
         return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({text})")
     return error
 

@@ -1,7 +1,7 @@
 """Ends the processes of a run together: when one is asked to stop, when one fails, and when one no longer answers.
 
-A thread of each process beats once a second through a TCPStore, for the others to see, and looks whether one of them was asked
-to stop, has failed or has fallen silent. It works also while the main thread is deep inside a k-means of minutes. What is
+Each process beats once a second through a TCPStore, for the others to see, and looks whether one of them was asked to stop, has
+failed or has fallen silent. That is done by threads, also while the main thread is deep inside a k-means of minutes. What is
 unfinished is inside `Watch.guarded`: outside it, a process that is asked to stop leaves at once.
 """
 
@@ -15,10 +15,11 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,18 +28,21 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 25.0  # seconds that a guarded process has to finish its step and save
+STORE_IS_GONE = "process 0 has ended or no longer answers"
 SILENCE = 30.0  # seconds without a beat after which a process is given up
 
 
-def leave_on_signals() -> None:
-    """From the start of a script until its process is watched: nothing is begun yet, so that a signal ends it at once."""
-
-    def leave(number: int, _: Any) -> NoReturn:
-        os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
-
-    for number in SIGNALS:
+@contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """Inside, as long as no process is watched, nothing is begun: a signal ends the script at once, with its own code."""
+    for number in set(SIGNALS) - {signal.SIGINT}:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, leave)
+            signal.signal(number, lambda *_: os._exit(PREEMPTED))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 class Watch:
@@ -55,7 +59,9 @@ class Watch:
         self._launcher = launcher
         self._store: dist.Store | None = None
         self._address = ("", 0)
-        self._heard = 0.0  # when the store last answered
+        self._heard = 0.0  # when the store last answered; 0 where there is none
+        self._prefix = ""
+        self._end_of_talk = threading.Event()
         self._rank = self._world = self._node = 0
         self._beats: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one and when it was new
         self._group: dist.ProcessGroup | None = None
@@ -83,17 +89,22 @@ class Watch:
         """
         self._group, self._node, self._address = group, node, address
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        prefix = [uuid.uuid4().hex]  # an outside launcher's store may hold the words of processes that it has started before
+        dist.broadcast_object_list(prefix, group=group)
+        self._prefix = f"watch/{prefix[0]}"
         store = self._connect()
         store.set(f"beat/{self._rank}", "0")
         dist.barrier(group)  # from here on everybody has a beat
         self._heard, self._store = time.monotonic(), store
+        # A thread of its own, since a store that is frozen may never come back from a question.
+        threading.Thread(target=self._talk, daemon=True).start()
 
     def _connect(self) -> dist.Store:
         """A connection of its own, since a store that waits for something lets nobody else through."""
         host, port = self._address
         socket.create_connection(self._address, timeout=SILENCE / 6).close()  # torch's own waiting fills pages with warnings
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SILENCE / 6))
-        return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(self._prefix, store)
 
     def should_stop(self) -> bool:
         """Whether to stop after this step: the same answer on every rank, so each must ask after every step.
@@ -153,9 +164,10 @@ class Watch:
     def tell_failure(self, reason: str) -> bool:
         """Let the other processes end with the reason of this one's failure; False if one of this machine was first."""
         first = {"rank": self._rank, "node": self._node, "reason": reason}
-        if self._store:
+        store = self._store
+        if store and time.monotonic() - self._heard < SILENCE / 6:  # it answers
             with suppress(RuntimeError):
-                first = json.loads(self._store.compare_set("failure", "", json.dumps(first)))
+                first = json.loads(store.compare_set("failure", "", json.dumps(first)))
             if self._rank == 0:
                 time.sleep(3)  # the store ends with this process; the others look at it every second
         return first["rank"] == self._rank or first["node"] != self._node
@@ -163,6 +175,7 @@ class Watch:
     def close(self) -> None:
         """Stop watching, and handle signals as before."""
         self._closed = True
+        self._end_of_talk.set()
         os.write(self._outbox, b"\0")
         self._thread.join()
         if self._before:
@@ -173,7 +186,6 @@ class Watch:
         os.close(self._outbox)
 
     def _run(self) -> None:
-        beat = 0
         while not self._closed:
             if select.select([self._inbox], [], [], 1)[0]:
                 for number in os.read(self._inbox, 100):
@@ -181,9 +193,8 @@ class Watch:
                         self._ask(number)
             if self._launcher and os.getppid() != self._launcher and not self.asked:
                 self._ask(signal.SIGHUP)
-            if self._heard:
-                beat += 1
-                self._talk(beat)
+            if self._heard and time.monotonic() - self._heard > self._silence:
+                self._end(STORE_IS_GONE, tell=True)
             self._leave_if_due()
 
     def _ask(self, number: int) -> None:
@@ -199,17 +210,19 @@ class Watch:
         if not self.asked:
             self._asked_at, self.asked = time.monotonic(), number
 
-    def _talk(self, beat: int) -> None:
-        """Tell and hear through the store, which is rank 0's or the outside launcher's."""
-        try:
-            self._store = self._store or self._connect()
-            self._exchange(self._store, beat)
-            self._heard = time.monotonic()
-        except (RuntimeError, OSError) as error:  # of many kinds
-            self._store = None
-            gone = isinstance(error, ConnectionRefusedError)  # its process has ended; others may be a pause of the network
-            if gone or time.monotonic() - self._heard > self._silence:
-                self._end("process 0 has ended or no longer answers", tell=True)
+    def _talk(self) -> None:
+        """Tell and hear, once a second, through the store, which is rank 0's or the outside launcher's."""
+        beat = 0
+        while not self._end_of_talk.wait(1):
+            beat += 1
+            try:
+                self._store = self._store or self._connect()
+                self._exchange(self._store, beat)
+                self._heard = time.monotonic()
+            except ConnectionRefusedError:  # its process has ended
+                self._end(STORE_IS_GONE, tell=True)
+            except (RuntimeError, OSError):  # of many kinds, such as a pause of the network
+                self._store = None
 
     def _exchange(self, store: dist.Store, beat: int) -> None:
         store.set(f"beat/{self._rank}", str(beat))

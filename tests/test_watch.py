@@ -167,7 +167,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it(images, tmp_path, vic
 
 def fall_silent(device, args):
     distributed._watch._silence = 4
-    if get_rank() == 1:
+    if get_rank() == args.silent:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 
@@ -180,12 +180,17 @@ def fail_alone(device, args):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("worker", "reason"), [(fall_silent, "process 1 no longer answers"), (fail_alone, "process 1: the sky is falling")]
+    ("worker", "silent", "reason"),
+    [
+        (fall_silent, 1, "process 1 no longer answers"),
+        (fall_silent, 0, "process 0 has ended or no longer answers"),
+        (fail_alone, None, "process 1: the sky is falling"),
+    ],
 )
-def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, worker, reason):
+def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, worker, silent, reason):
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        two_ranks(worker)
+        two_ranks(worker, silent=silent)
     assert stop.value.code == 1
     assert time.monotonic() - start < 50
     err = capfd.readouterr().err
