@@ -36,6 +36,7 @@ from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
 # the wait at once, since its connections close.
 _patient_group: Any = None
 _watch: Watch | None = None
+LEAVE = 10.0  # seconds that processes have to end by themselves after one that has failed
 
 
 class RunError(Exception):
@@ -155,7 +156,7 @@ def _await(processes: Sequence[Any]) -> tuple[int, int]:
         bad = [(number, process.exitcode) for number, process in enumerate(processes) if process.exitcode]
         if bad and not deadline:
             # Time to learn of it, and to save where they were asked to stop.
-            first, deadline = bad[0], time.monotonic() + (GRACE + 10 if bad[0][1] == PREEMPTED else 10)
+            first, deadline = bad[0], time.monotonic() + (GRACE if bad[0][1] == PREEMPTED else 0) + LEAVE
         if not alive:
             return first
         if deadline and time.monotonic() > deadline:

@@ -137,8 +137,8 @@ def test_a_signal_while_processes_start_has_its_code_too(images, tmp_path, numbe
 
 def freeze_for_a_while(device, args):
     if get_rank() == 0:
-        subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {os.getpid()}; sleep 8; kill -CONT {os.getpid()}"])
-    time.sleep(16)
+        subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 7; kill -CONT {os.getpid()}"])
+    time.sleep(11)
     torch.distributed.all_reduce(torch.zeros(1))
     save_result(args, done=True)
 
@@ -187,7 +187,8 @@ def fail_alone(device, args):
         (fail_alone, None, "process 1: the sky is falling"),
     ],
 )
-def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, worker, silent, reason):
+def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, monkeypatch, worker, silent, reason):
+    monkeypatch.setattr(distributed, "LEAVE", 4)
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         two_ranks(worker, silent=silent)
