@@ -174,7 +174,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too")
     cli.check_folder(parser, "--exp-dir", args.exp_dir)
     args.automatic, notes, state = args.resume == "auto", [], None
-    newest = checkpoint.newest(args.exp_dir, notes.append)
+    newest = checkpoint.newest(args.exp_dir, notes.append) if args.resume else None
     if args.automatic:
         args.resume = str(newest or "")
         if notes and not newest:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,9 @@ from pcl import distributed, watch
 from pcl.checkpoint import LAST, load
 from pcl.distributed import RunError, get_rank
 from pcl.watch import INTERRUPTED, PREEMPTED
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import faults
 
 SETTINGS = "-a shufflenet_v2_x0_5 --image-size 32 -b 4 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 2 "
 SETTINGS += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1 --lr 0.001 --monitor-freq 0"
@@ -38,8 +40,7 @@ class Run:
 
     def ranks(self):
         """Process ids of its training processes."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return faults.ranks_of(self.process.pid)
 
     def wait_for(self, text, seconds=120):
         end = time.monotonic() + seconds
@@ -52,31 +53,10 @@ class Run:
         """Its exit code and what it printed; no process of it may be left."""
         code = self.process.wait(seconds)
         end = time.monotonic() + 20
-        while left := [pid for pid in processes_of(self.process.pid) if running(pid)]:
+        while left := faults.processes_of(self.process.pid):
             assert time.monotonic() < end, f"{left} still run"
             time.sleep(0.1)
         return code, self.out.read_text()
-
-
-def processes_of(session):
-    """Ids of all processes that a session leader has started and that did not start a session of their own."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session:
-            found.append(int(folder.name))
-    return found
-
-
-def running(pid):
-    """Whether there is such a process, and it has not ended (a dead one stays listed until somebody asks for its result)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
