@@ -108,7 +108,7 @@ def get_parser() -> cli.Parser:
                     "sharded leaves features on their rank, for very many images")
     em.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
     em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
-                    help="look whether it learns after each E-step and every N epochs of warm-up; 0 never")
+                    help="look whether it learns after each E-step and every N epochs of warm-up; 0 never, nor draw pictures")
     small = parser.add_argument_group("small data", "what the published algorithm does without; the README says when it helps")
     small.add_argument("--small-stem", action="store_true",
                        help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
@@ -262,7 +262,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
                 leave_if_asked()
         if epoch == first:
             tell_the_limit(means, args)
-    if is_main():
+    if is_main() and args.monitor_freq:
         draw_pictures(args.exp_dir)
 
 

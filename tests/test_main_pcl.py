@@ -90,6 +90,7 @@ def test_looking_changes_nothing(image_folder, finished, tmp_path):
     assert_same(weights(tmp_path), weights(finished))
     looks = [[r["epoch"] for r in records_of(folder) if "monitor_seconds" in r] for folder in (finished, tmp_path)]
     assert looks == [[0, 1, 2], []]
+    assert [(folder / "figures").exists() for folder in (finished, tmp_path)] == [True, False]
     last = next(r for r in records_of(finished) if "monitor_seconds" in r and r["epoch"] == 2)
     assert {"knn_train", "knn_val", "clusters_5/ami", "clusters_5/changed"} <= last.keys()
 
