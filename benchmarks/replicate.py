@@ -76,7 +76,7 @@ SEEDS, ABLATION_SEEDS = range(5), range(3)
 
 # What is chosen, one after the other: by which method, and from what. The others stand at START meanwhile.
 GRIDS: dict[str, tuple[str, list[Any]]] = {
-    "lr": ("moco-v2", [0.03, 0.06, 0.015, 0.0075]),
+    "lr": ("moco-v2", [0.03, 0.06, 0.015, 0.0075, 0.00375]),
     "r": ("moco-v2", [512, 2048]),
     "clusters": ("pcl-v2", ["125,250,500", "50,100,200", "250,500,1000"]),
     "warmup": ("pcl-v2", [5, 2, 10]),
