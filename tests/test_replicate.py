@@ -42,12 +42,13 @@ def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
     choosing = [run for run in done if run.data == "choose"]
     assert {run.seed for run in choosing} == {replicate.CHOICE_SEED}
     assert not {run.seed for run in done if run.data == "final"} & {replicate.CHOICE_SEED}
-    assert [run.method for run in choosing[:10]] == ["moco-v2"] * 5 + ["pcl-v2"] * 5
-    assert [run.options.split("--lr ")[1] for run in choosing[:6]] == [
+    assert [run.method for run in choosing[:11]] == ["moco-v2"] * 6 + ["pcl-v2"] * 5
+    assert [run.options.split("--lr ")[1] for run in choosing[:7]] == [
         "0.03 --pcl-r 512",
         "0.06 --pcl-r 512",
         "0.015 --pcl-r 512",
         "0.0075 --pcl-r 512",
+        "0.00375 --pcl-r 512",
         "0.06 --pcl-r 2048",
         "0.06 --pcl-r 2048 --num-cluster 125,250,500 --warmup-epoch 5",
     ]
