@@ -1,8 +1,8 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
 # make bench  measures what is faster here than in the published code, into benchmarks/results.md
-# make replicate  compares PCL with MoCo on CIFAR-10, in hours, into benchmarks/replication/ (DATA=DIR: on images of your own;
-#             QUICK=1: in minutes, to see that it works)
+# make replicate  compares PCL with MoCo on CIFAR-10, in hours, into benchmarks/replication/ (DATA=DIR: on images of your own,
+#             into replication/; QUICK=1: in minutes, to see that it works)
 
 PYTHON ?= python3
 DATA ?=

@@ -127,7 +127,7 @@ class Run:
 class Plan:
     """What is run on how much."""
 
-    folder: str  # below the work folder and --out
+    folder: str  # below those of the data set
     images: int | None  # of each class to pre-train on; None: all
     test_images: int | None
     epochs: int
@@ -149,12 +149,12 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="images of your own, in train/<class>/ and val/<class>/")
     parser.add_argument("--dataset", choices=["cifar10", "fashion"], default="cifar10", help="what is fetched without --data")
-    parser.add_argument("--work", type=Path, default=ROOT / "replication", metavar="DIR", help="images, weights and logs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "replication", metavar="DIR",
-                        help="a JSON file for each run, the table and the figure")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="images, weights and logs; by default below replication/")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a JSON file for each run, the table and the figure; by default "
+                        "benchmarks/replication/DATASET, with --data or --quick WORK/results")
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once; by default one a core, with --gpu-run one")
     parser.add_argument("--no-probe", action="store_true", help="leave the linear probe, a third of the time, for another call")
-    parser.add_argument("--quick", action="store_true", help="minutes instead of hours; results stay in the work folder")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
     parser.add_argument("--gpu-run", action="store_true", help="one seed of MoCo v2 and PCL v2 on all images, for a GPU")
     parser.add_argument("--report", action="store_true", help="write table and figure from the finished runs, and stop")
     parser.add_argument("--run", metavar="NAME", help=SUPPRESS)  # what each of the processes is given
@@ -167,8 +167,10 @@ def main() -> int:
     args, extra = parser.parse_known_args()
     plan = QUICK if args.quick else GPU if args.gpu_run else FULL
     plan = replace(plan, probe=not args.no_probe)
-    args.work = (args.work / plan.folder).resolve()
-    args.out = (args.work / "results" if args.quick else args.out / plan.folder).resolve()
+    name = args.data.resolve().name if args.data else "samples" if args.quick else args.dataset
+    args.work = (args.work or ROOT / "replication" / name / plan.folder).resolve()
+    kept = ROOT / "benchmarks" / "replication" / name / plan.folder
+    args.out = (args.out or (args.work / "results" if args.data or args.quick else kept)).resolve()
     args.jobs = args.jobs or (1 if args.gpu_run else available_cores())
     args.out.mkdir(parents=True, exist_ok=True)
     if args.run:
@@ -190,7 +192,11 @@ def main() -> int:
 
 
 def prepare(parser: Parser, plan: Plan, args: Namespace) -> None:
-    """Make WORK/choose and WORK/final, folders of links to the images, unless they are there."""
+    """Make WORK/choose and WORK/final, folders of links to the images, unless they are there.
+
+    Results that OUT holds already, such as those that come with the code, are moved to WORK/earlier: they are not of this work
+    folder and are made again.
+    """
     source = args.work / "source.txt"
     if not args.data:
         args.data = args.work / ("samples" if args.quick else args.dataset)
@@ -215,6 +221,12 @@ def prepare(parser: Parser, plan: Plan, args: Namespace) -> None:
             folder.mkdir(parents=True)
             for file in files:
                 (folder / file.name).symlink_to(file.resolve())
+    earlier = args.work / "earlier"
+    for result in results_in(args.out).values():
+        earlier.mkdir(exist_ok=True)
+        shutil.move(args.out / f"{result['run']}.json", earlier)
+    if earlier.exists():
+        print(f"results of other runs were moved from {args.out} to {earlier}", flush=True)
     source.write_text(str(args.data.resolve()))
 
 

@@ -175,9 +175,11 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
     monkeypatch.setattr(replicate, "PROBES", {100: "--epochs 1 --schedule 1"})
     monkeypatch.setattr(replicate.eval_svm_voc, "SHOTS", (1, 2))
     extra = "-b 8 --epochs 2 --pcl-r 20 --num-cluster 3,5".split()  # noqa: SIM905
-    options = ["--quick", "--data", six_classes, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    options, out = ["--quick", "--data", six_classes, "--work", tmp_path / "work"], tmp_path / "work" / "results"
+    out.mkdir(parents=True)
+    (out / "pcl-v2_seed0.json").write_text('{"run": "pcl-v2_seed0", "figures": "of somebody else"}')
     run_script(replicate, *options, *extra)
-    out = tmp_path / "work" / "quick" / "results"
+    assert "of somebody else" in (tmp_path / "work" / "earlier" / "pcl-v2_seed0.json").read_text()
     results = replication_report.results_in(out)
     assert list(results) == ["moco-v2_seed0", "pcl-v2_seed0", "pixels_seed0", "random_seed0"]
     for result in results.values():
@@ -185,12 +187,12 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
         assert all(0 <= value <= 100 for name, value in result["figures"].items() if name != "AMI")
     assert "torch" in results["pcl-v2_seed0"]["versions"]
     known, validation, test = (
-        {path.resolve() for path in (tmp_path / "work" / "quick" / part).rglob("*.png")}
+        {path.resolve() for path in (tmp_path / "work" / part).rglob("*.png")}
         for part in ("final/train", "choose/val", "final/val")
     )
     assert (len(known), len(validation), len(test)) == (18, 18, 18)
     assert not known & validation
-    assert {path.resolve() for path in (tmp_path / "work" / "quick" / "choose/train").rglob("*.png")} == known
+    assert {path.resolve() for path in (tmp_path / "work" / "choose/train").rglob("*.png")} == known
     table = (out / "table.md").read_text()
     assert "| pcl-v2 minus moco-v2 | 1 | " in table
     assert (out / "low_shot.png").exists()
@@ -199,7 +201,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
     assert (out / "table.md").read_text() == table
 
     # The prototype term of weight 0 adds nothing to the gradient, and one of weight 1 something.
-    folder, ratios = tmp_path / "work" / "quick" / "runs" / "pcl-v2_seed0", []
+    folder, ratios = tmp_path / "work" / "runs" / "pcl-v2_seed0", []
     command = [str(six_classes), *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
     monkeypatch.setattr(sys, "argv", ["main_pcl.py", *command, "--exp-dir", str(tmp_path / "again")])
     replicate.main_pcl.main()
