@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
@@ -77,11 +78,13 @@ SEEDS, ABLATION_SEEDS = range(5), range(3)
 # What is chosen, one after the other: by which method, and from what. The others stand at START meanwhile.
 GRIDS: dict[str, tuple[str, list[Any]]] = {
     "lr": ("moco-v2", [0.03, 0.06, 0.015, 0.0075, 0.00375]),
-    "r": ("moco-v2", [512, 2048]),
-    "clusters": ("pcl-v2", ["125,250,500", "50,100,200", "250,500,1000"]),
+    "r": ("moco-v2", [512, 2048, 256]),
+    "clusters": ("pcl-v2", ["125,250,500", "50,100,200", "250,500,1000", "500,1000,2000"]),
     "warmup": ("pcl-v2", [5, 2, 10]),
 }
-START: dict[str, Any] = {"lr": 0.03, "r": 512, "clusters": "125,250,500", "warmup": 5}
+# By the choices of CIFAR-10 (benchmarks/replication/cifar10/choices.json), for the second set.
+CHOSEN: dict[str, Any] = {"lr": 0.0075, "r": 512, "clusters": "50,100,200", "warmup": 5, "ratio": 1.66}
+START: dict[str, Any] = {"lr": 0.03, "r": 512, "clusters": "125,250,500", "warmup": 5, "ratio": 1.0}
 PROBE_GRID = [0.0003, 0.003, 0.03, 0.3, 3.0]
 PROBE_START = {"probe-pixels": 0.003, "probe-random": 0.03, "probe-moco": 0.03}
 
@@ -91,22 +94,25 @@ BASE += " --monitor-freq 0 --resume auto"
 VERSIONS = {"v1": "--schedule 12 16", "v2": "--mlp --aug-plus --cos"}
 VARIANTS = {
     "": "",
-    "lr": "",  # the larger step is given as --lr
+    "lr": "",  # the other step is given as --lr
     "bn8": "--bn-splits 8",
     "mask": "--mask-duplicates",
     "every5": "--kmeans-every 5",
     "half": "--proto-weight 0.5",
     "stem": "--small-stem",
 }
-MAIN = ["moco-{}", "pcl-{}", "moco-{}-lr"]
+BASELINES = ["pixels", "random"]
+MAIN = ["moco-{}", "pcl-{}", "pcl-{}-lr", "moco-{}-lr"]
 ABLATIONS = ["pcl-v2-bn8", "moco-v2-bn8", "pcl-v2-mask", "pcl-v2-every5", "pcl-v2-half"]
 STEM = ["pcl-v2-stem", "moco-v2-stem"]  # fifteen times the work: one seed, last
-PAIRS = [(f"pcl-{v}", f"moco-{v}{lr}") for v in VERSIONS for lr in ("", "-lr")]
+PAIRS = [(f"pcl-{v}{a}", f"moco-{v}{b}") for v in VERSIONS for a, b in (("", ""), ("-lr", ""), ("", "-lr"))]
 PAIRS += [(name, name.rpartition("-")[0]) for name in ABLATIONS + STEM]
 PAIRS += [(f"pcl-v2-{variant}", f"moco-v2-{variant}") for variant in ("bn8", "stem")]
 
 PROBES = {1: "--epochs 200 --schedule 120 160", 10: "--epochs 40 --schedule 24 32", 100: "--epochs 10 --schedule 6 8"}
 NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+STOPPED = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,18 @@ class Plan:
     images: int | None  # of each class to pre-train on; None: all
     test_images: int | None
     epochs: int
-    start: dict[str, Any] | None = None  # settings, where none are chosen: then METHODS with seed 0 are all
+    start: dict[str, Any] | None = None  # settings, where none are chosen: then `methods` with `seeds` are all
     options: str = ""  # of main_pcl.py
     probe: bool = True
+    methods: tuple[str, ...] = ("pixels", "random", "moco-v2", "pcl-v2")
+    seeds: range = range(1)
 
 
 FULL = Plan("", IMAGES, None, EPOCHS)
 QUICK = Plan("quick", 50, 50, 3, {"lr": 0.03, "r": 128, "clusters": "12,25,50", "warmup": 1})
 GPU = Plan("gpu", None, None, 200, {"lr": 0.06, "r": 4096, "clusters": "1250,2500,5000", "warmup": 20},
            f"-b 128 --small-stem -j {available_cores()}")  # fmt: skip
-METHODS = ["pixels", "random", "moco-v2", "pcl-v2"]
+SECOND = Plan("", IMAGES, None, EPOCHS, CHOSEN, methods=(*BASELINES, *(m.format("v2") for m in MAIN)), seeds=SEEDS)
 
 
 def get_parser() -> Parser:
@@ -150,8 +158,8 @@ def get_parser() -> Parser:
     parser.add_argument("--data", type=Path, metavar="DIR", help="images of your own, in train/<class>/ and val/<class>/")
     parser.add_argument("--dataset", choices=["cifar10", "fashion"], default="cifar10", help="what is fetched without --data")
     parser.add_argument("--work", type=Path, metavar="DIR", help="images, weights and logs; by default below replication/")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a JSON file for each run, the table and the figure; by default "
-                        "benchmarks/replication/DATASET, with --data or --quick WORK/results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a JSON file for each run, the table and the figure; "
+                        "by default benchmarks/replication/DATASET, with --data or --quick WORK/results")
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs at once; by default one a core, with --gpu-run one")
     parser.add_argument("--no-probe", action="store_true", help="leave the linear probe, a third of the time, for another call")
     parser.add_argument("--quick", action="store_true", help="minutes instead of hours")
@@ -164,8 +172,8 @@ def get_parser() -> Parser:
 
 def main() -> int:
     parser = get_parser()
-    args, extra = parser.parse_known_args()
-    plan = QUICK if args.quick else GPU if args.gpu_run else FULL
+    args, args.extra = parser.parse_known_args()
+    plan = QUICK if args.quick else GPU if args.gpu_run else SECOND if args.dataset == "fashion" and not args.data else FULL
     plan = replace(plan, probe=not args.no_probe)
     name = args.data.resolve().name if args.data else "samples" if args.quick else args.dataset
     args.work = (args.work or ROOT / "replication" / name / plan.folder).resolve()
@@ -176,7 +184,9 @@ def main() -> int:
     if args.run:
         (run,) = (run for run in queue(plan, results_in(args.out)) if run.name == args.run)
         os.chdir(args.work)
-        carry_out(run, plan, args, extra)
+        # All processes of a run are told to stop at once. The script that is running saves and ends, and this one after it.
+        signal.signal(signal.SIGTERM, lambda *_: STOPPED.set())
+        carry_out(run, plan, args)
         return 0
     failed: list[str] = []
     if not args.report:
@@ -205,33 +215,39 @@ def prepare(parser: Parser, plan: Plan, args: Namespace) -> None:
     folders = [open_folder(parser, args.data, split) for split in ("train", "val")]
     if folders[0].classes != folders[1].classes or len(folders[0].classes) < 5:
         parser.error(f"--data {args.data}: train/ and val/ need the same class folders, five at least")
+    wanted = f"{args.data.resolve()}, {plan.images or 'all'} images of each class"
     if source.exists():
-        if source.read_text() != str(args.data.resolve()):
-            parser.error(f"--work {args.work} holds the images of {source.read_text()}; name another folder")
+        if source.read_text() != wanted:
+            parser.error(f"--work {args.work} holds {source.read_text()}; name another folder")
         return
     generator = np.random.default_rng(0)
-    for name in folders[0].classes:
-        drawn = generator.permutation(sorted((args.data / "train" / name).iterdir()))
+    for label, name in enumerate(folders[0].classes):
+        train, test = ([Path(folder.path(i)) for i in np.flatnonzero(folder.labels == label)] for folder in folders)
+        drawn, test = generator.permutation(train), test[: plan.test_images]
         count = len(drawn) if plan.images is None else min(plan.images, len(drawn) // 2)
-        test = sorted((args.data / "val" / name).iterdir())[: plan.test_images]
         parts = {"final/train": drawn[:count], "choose/val": drawn[count : 2 * count], "final/val": test}
         for part, files in (parts | {"choose/train": drawn[:count]}).items():
             folder = args.work / part / name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             for file in files:
-                (folder / file.name).symlink_to(file.resolve())
+                (folder / "_".join(file.parts[len(args.data.parts) + 2 :])).symlink_to(file.resolve())
     earlier = args.work / "earlier"
     for result in results_in(args.out).values():
         earlier.mkdir(exist_ok=True)
         shutil.move(args.out / f"{result['run']}.json", earlier)
     if earlier.exists():
         print(f"results of other runs were moved from {args.out} to {earlier}", flush=True)
-    source.write_text(str(args.data.resolve()))
+    source.write_text(wanted)
 
 
 def download(dataset: str, folder: Path) -> None:
-    """Fetch CIFAR-10 or Fashion-MNIST and write it as an image folder of PNG files."""
+    """Fetch CIFAR-10 or Fashion-MNIST and write it as an image folder of PNG files.
+
+    Fashion-MNIST is taken from Debian's package dataset-fashion-mnist where that is installed.
+    """
+    if dataset == "fashion" and DEBIAN.is_dir():
+        shutil.copytree(DEBIAN, folder.with_name("downloads") / "FashionMNIST" / "raw", dirs_exist_ok=True)
     kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion": torchvision.datasets.FashionMNIST}[dataset]
     part = folder.with_name(f"{folder.name}.part")
     for split, train in (("train", True), ("val", False)):
@@ -245,13 +261,13 @@ def download(dataset: str, folder: Path) -> None:
 
 def decide(results: dict[str, dict]) -> tuple[dict[str, Any], set[str]]:
     """The settings that the finished runs speak for, and which of them stand: others keep their start."""
-    settings = START | {"ratio": 1.0} | PROBE_START
+    settings = START | PROBE_START
     chosen: set[str] = set()
     for field, (method, grid) in GRIDS.items():
         score = {value: results.get(choosing_name(method, settings | {field: value})) for value in grid}
         if not all(score.values()):
             break
-        settings[field] = max(grid, key=lambda value: score[value]["figures"]["kNN"])
+        settings[field] = first_of_the_best({value: score[value]["figures"]["kNN"] for value in grid})
         chosen.add(field)
     if "warmup" in chosen:
         settings["ratio"] = results[choosing_name("pcl-v2", settings)]["gradient_ratio"]
@@ -262,6 +278,13 @@ def decide(results: dict[str, dict]) -> tuple[dict[str, Any], set[str]]:
             settings[name] = max(PROBE_GRID, key=lambda lr: accuracy[f"{lr:g}"])
             chosen.add(name)
     return settings, chosen
+
+
+def first_of_the_best(scores: dict[Any, float], images: int = 10 * IMAGES) -> Any:
+    """The first value whose accuracy in percent is within one standard error of the best one's, over so many images."""
+    best = max(scores.values())
+    error = (best * (100 - best) / images) ** 0.5
+    return next(value for value, score in scores.items() if score >= best - error)
 
 
 def choosing_name(method: str, settings: dict[str, Any]) -> str:
@@ -276,7 +299,7 @@ def queue(plan: Plan, results: dict[str, dict]) -> list[Run]:
     if not plan.probe:
         settings, chosen = settings | dict.fromkeys(PROBE_START, 0.0), chosen | {*PROBE_START}
     if plan.start:
-        return [final_run(method, 0, settings | plan.start, {*settings}) for method in METHODS]
+        return [final_run(m, seed, settings | plan.start, {*settings}) for seed in plan.seeds for m in plan.methods]
     runs = []
     for number, (field, (method, grid)) in enumerate(GRIDS.items()):
         ready = chosen.issuperset(list(GRIDS)[:number])
@@ -290,8 +313,8 @@ def queue(plan: Plan, results: dict[str, dict]) -> list[Run]:
         runs.append(Run(name, name, CHOICE_SEED, ready=not source or "r" in chosen, data="choose", backbone=source))
     for version in ("v2", "v1"):
         for seed in SEEDS:
-            baselines = ["pixels", "random"] if version == "v2" else []
-            runs += [final_run(m.format(version), seed, settings, chosen) for m in [*MAIN, *baselines]]
+            methods = [*MAIN, *BASELINES] if version == "v2" else MAIN
+            runs += [final_run(m.format(version), seed, settings, chosen) for m in methods]
     runs += [final_run(method, seed, settings, chosen) for seed in ABLATION_SEEDS for method in ABLATIONS]
     runs += [final_run(method, 0, settings, chosen) for method in STEM]
     unique: dict[str, Run] = {}
@@ -314,16 +337,34 @@ def final_run(method: str, seed: int, settings: dict[str, Any], chosen: set[str]
 def options_of(method: str, settings: dict[str, Any]) -> str:
     """Of main_pcl.py for this method."""
     contrast, version, *variant = method.split("-")
-    lr = settings["lr"] * (settings["ratio"] if variant == ["lr"] else 1)
+    factor = settings["ratio"] if contrast == "moco" else 1 / settings["ratio"]
+    lr = settings["lr"] * (factor if variant == ["lr"] else 1)
     parts = [VERSIONS[version], f"--lr {lr:.4g} --pcl-r {settings['r']}", VARIANTS["".join(variant)]]
     parts.append("--num-cluster {clusters} --warmup-epoch {warmup}".format(**settings) if contrast == "pcl" else "")
     return " ".join(filter(None, parts))
 
 
-def is_done(run: Run, results: dict[str, dict]) -> bool:
-    """Whether nothing is left to do of it; what was measured with --no-probe may still need that."""
-    done = results.get(run.name)
-    return done is not None and (not run.probe_lr or all(f"probe {percent} %" in done["figures"] for percent in PROBES))
+def command_of(run: Run, plan: Plan, extra: list[str]) -> str:
+    """All options of main_pcl.py but for its folders and the seed; none where nothing is trained."""
+    if not run.options:
+        return ""
+    warm_up = f"--warmup-epoch {plan.epochs}" if run.method.startswith("moco") else ""
+    parts = [BASE, f"--epochs {plan.epochs} --save-freq {plan.epochs}", plan.options, warm_up, run.options, *extra]
+    return " ".join(" ".join(parts).split())
+
+
+def is_done(run: Run, result: dict[str, Any] | None, trained: str) -> bool:
+    """Whether nothing is left to do of it.
+
+    Args:
+        run: the run.
+        result: what it has left; with --no-probe the probes may still be to do.
+        trained: the options that it is to be trained with. Earlier ones may have been others.
+    """
+    if result is None or result.get("options", "") != trained:
+        return False
+    probed = all(f"probe {percent} %" in result["figures"] for percent in PROBES) if run.probe_lr else True
+    return probed and (not run.probe_lr or result["probe_lr"] == run.probe_lr)
 
 
 def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -> tuple[list[str], list[str]]:
@@ -344,7 +385,10 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
     try:
         while True:
             results = results_in(args.out)
-            left = [run for run in queue(plan, results) if not is_done(run, results) and run.name not in failed]
+            run_of = {run.name: run for run in queue(plan, results) if run.name not in failed}
+            left = [
+                run for run in run_of.values() if not is_done(run, results.get(run.name), command_of(run, plan, args.extra))
+            ]
             ready = [run for run in left if run.ready and run.name not in running]
             for run in ready[: args.jobs - len(running)]:
                 with (args.work / "logs" / f"{run.name}.log").open("a") as log:
@@ -360,7 +404,8 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
                     del running[name]
                     minutes.append((time.monotonic() - start) / 60)
                     left = [run for run in left if run.name != name]
-                    if process.returncode:
+                    result = results_in(args.out).get(name)
+                    if process.returncode or not is_done(run_of[name], result, command_of(run_of[name], plan, args.extra)):
                         failed.append(name)
                     rest = f"{len(left)} left, about {np.mean(minutes) * len(left) / args.jobs / 60:.1f} h"
                     print(f"{name}  {minutes[-1]:.1f} min  {outcome(process.returncode, name, args.out)}  {rest}", flush=True)
@@ -384,24 +429,34 @@ def outcome(code: int, name: str, out: Path) -> str:
     return f"kNN {result['figures']['kNN']:.2f} %" if "figures" in result else f"accuracy {result['accuracy']}"
 
 
-def carry_out(run: Run, plan: Plan, args: Namespace, extra: list[str]) -> None:
+def carry_out(run: Run, plan: Plan, args: Namespace) -> None:
     """Train and measure, and write the result."""
-    folder, start = args.work / "runs" / run.name, time.monotonic()
+    folder, file, start = args.work / "runs" / run.name, args.out / f"{run.name}.json", time.monotonic()
+    trained = command_of(run, plan, args.extra)
+    result = json.loads(file.read_text()) if file.exists() else {}
+    used = folder / "options.txt"
+    if result.get("options", trained) != trained or (used.exists() and used.read_text() != trained):
+        shutil.rmtree(folder, ignore_errors=True)  # what was begun was begun with other settings
+        result = {}
+    result = result or {"run": run.name, "method": run.method, "seed": run.seed, "options": trained}
     folder.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{run.name}.json"
-    result = json.loads(file.read_text()) if file.exists() else {"run": run.name, "method": run.method, "seed": run.seed}
-    before = result.get("seconds", 0)
-    weights, network = backbone_of(run, plan, args, extra, result)
-    if run.method.startswith("probe-"):
-        result["accuracy"] = {f"{lr:g}": probe(weights, 100, lr, run, args, folder) for lr in PROBE_GRID}
-    else:
-        if "figures" not in result:
-            result["figures"] = measure(network, args.work / run.data, run.seed, primary=run.data == "choose")
-        if run.probe_lr:
-            result["probe_lr"] = run.probe_lr
-            for percent in PROBES:
-                result["figures"][f"probe {percent} %"] = probe(weights, percent, run.probe_lr, run, args, folder)
-    result |= {"data": run.data, "seconds": before + time.monotonic() - start}
+    used.write_text(trained)
+    clock = folder / "seconds.txt"
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    try:
+        weights, network = backbone_of(run, args, result)
+        if run.method.startswith("probe-"):
+            result["accuracy"] = {f"{lr:g}": probe(weights, 100, lr, run, args, folder) for lr in PROBE_GRID}
+        else:
+            if "figures" not in result:
+                result["figures"] = measure(network, args.work / run.data, run.seed, knn_only=run.data == "choose")
+            if run.probe_lr:
+                result["probe_lr"] = run.probe_lr
+                for percent in PROBES:
+                    result["figures"][f"probe {percent} %"] = probe(weights, percent, run.probe_lr, run, args, folder)
+    finally:
+        clock.write_text(str(before + time.monotonic() - start))
+    result |= {"data": run.data, "seconds": float(clock.read_text())}
     result |= {"machine": describe_machine(), "versions": versions()}
     part = args.out / f".{run.name}.part"
     part.write_text(json.dumps(result, indent=1) + "\n")
@@ -410,7 +465,7 @@ def carry_out(run: Run, plan: Plan, args: Namespace, extra: list[str]) -> None:
         path.unlink()
 
 
-def backbone_of(run: Run, plan: Plan, args: Namespace, extra: list[str], result: dict[str, Any]) -> tuple[list[Any], nn.Module]:
+def backbone_of(run: Run, args: Namespace, result: dict[str, Any]) -> tuple[list[Any], nn.Module]:
     """The frozen network of a run, trained first if it must be, and the options that name it to the scripts."""
     kind = run.method.removeprefix("probe-")
     folder = args.work / "runs" / (run.backbone or run.name)
@@ -419,23 +474,22 @@ def backbone_of(run: Run, plan: Plan, args: Namespace, extra: list[str], result:
         return ["--pixels"], nn.Flatten()
     if kind == "random":
         seed_everything(run.seed)
-        checkpoint.save(file, checkpoint.backbone(ARCH, "--small-stem" in plan.options).state_dict())
+        checkpoint.save(file, checkpoint.backbone(ARCH, args.gpu_run).state_dict())
     elif not run.backbone and "figures" not in result:
-        lengths = f"--epochs {plan.epochs} --save-freq {plan.epochs}"
-        warm_up = f"--warmup-epoch {plan.epochs}" if kind.startswith("moco") else ""
-        options = " ".join([BASE, lengths, plan.options, warm_up, run.options]).split()
-        result["options"] = " ".join([*options, *extra])
-        command = [str(args.work / run.data), "--exp-dir", str(folder), *options, "--seed", str(run.seed), *extra]
-        script("main_pcl.py", *command)
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        result["training_seconds"] = sum(
-            record.get(name, 0) for record in log for name in ("seconds", "features_seconds", "kmeans_seconds")
-        )
+        command = [str(args.work / run.data), "--exp-dir", str(folder), *result["options"].split(), "--seed", str(run.seed)]
+        run_script("main_pcl.py", *command)
         trained = checkpoint.newest(folder)
         checkpoint.save(file, checkpoint.load_backbone(trained)[0].state_dict())
         if kind.startswith("pcl") and run.data == "choose":
             result["gradient_ratio"] = gradient_ratio(command, trained)
     return ["--pretrained", file, "-a", ARCH], checkpoint.load_backbone(file, ARCH)[0]
+
+
+def run_script(name: str, *arguments: Any) -> None:
+    """Run one of the project's scripts, unless this run is to stop."""
+    if STOPPED.is_set():
+        sys.exit(128 + signal.SIGTERM)
+    script(name, *arguments)
 
 
 def gradient_ratio(command: list[str], trained: Path, batches: int = 20) -> float:
@@ -482,18 +536,18 @@ def probe(weights: list[Any], percent: int, lr: float, run: Run, args: Namespace
         os.chdir(scratch)
         try:
             data = args.work / run.data
-            script("eval_cls_imagenet.py", *weights, *options.split(), "--seed", run.seed, "--output", output, data)
+            run_script("eval_cls_imagenet.py", *weights, *options.split(), "--seed", run.seed, "--output", output, data)
         finally:
             os.chdir(args.work)
             shutil.rmtree(scratch)
     return json.loads(output.read_text())["last"]["test_acc"]
 
 
-def measure(network: nn.Module, data: Path, seed: int, primary: bool = False) -> dict[str, float]:
-    """kNN accuracy, low-shot mAP and agreement of clusters and classes, in percent; `primary`: kNN alone."""
+def measure(network: nn.Module, data: Path, seed: int, knn_only: bool = False) -> dict[str, float]:
+    """kNN accuracy, low-shot mAP and agreement of clusters and classes, in percent."""
     (x, y), (q, truth) = features_of(network, data / "train"), features_of(network, data / "val")
     figures = {"kNN": 100 * knn_accuracy(x, y, q, truth, NEIGHBOURS, KNN_TEMPERATURE)}
-    if primary:
+    if knn_only:
         return figures
     classes = [str(label) for label in range(int(y.max()) + 1)]
     parts = []

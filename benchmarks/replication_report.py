@@ -61,9 +61,9 @@ def table_of_scores(scores: Scores) -> list[str]:
     names, rows = measures(scores), []
     for method, seeds in scores.items():
         spreads = [spread(figures[name] for figures in seeds.values() if name in figures) for name in names]
-        cells = [f"{mean:.1f}" + ("" if np.isnan(std) else f" ± {std:.1f}") for mean, std, _ in spreads]
+        cells = [cell(f"{mean:.1f}", f" ± {std:.1f}", count, len(seeds)) for mean, std, _, count in spreads]
         rows.append([method, len(seeds), *cells])
-    title = "Scores on the test set in percent: mean ± standard deviation over the seeds."
+    title = "Scores on the test set in percent: mean ± standard deviation over the seeds (in brackets how many, if fewer)."
     return ["", title, "", *table(["method", "seeds", *names], rows)]
 
 
@@ -77,10 +77,13 @@ def table_of_differences(scores: Scores, pairs: Sequence[tuple[str, str]]) -> li
         cells = []
         for name in names:
             a, b = ([scores[method][seed].get(name, np.nan) for seed in seeds] for method in (one, other))
-            mean, _, half = spread(x - y for x, y in zip(a, b, strict=True) if not np.isnan(x - y))
-            cells.append(f"{mean:+.1f}" + ("" if np.isnan(half) else f" [{mean - half:.1f}, {mean + half:.1f}]"))
+            mean, _, half, count = spread(x - y for x, y in zip(a, b, strict=True) if not np.isnan(x - y))
+            cells.append(cell(f"{mean:+.1f}", f" [{mean - half:.1f}, {mean + half:.1f}]", count, len(seeds)))
         rows.append([f"{one} minus {other}", len(seeds), *cells])
-    title = "Paired differences over the seeds that both have, with 95 % intervals (Student's t)."
+    title = (
+        "Paired differences over the seeds that both have, with 95 % intervals (Student's t, not corrected for their number). "
+        "The images are the same for all seeds: the intervals cover initial weights, order, augmentation and draws of labels."
+    )
     return ["", title, "", *table(["difference", "seeds", *names], rows)] if rows else []
 
 
@@ -89,15 +92,21 @@ def measures(scores: Scores) -> list[str]:
     return list(dict.fromkeys(name for seeds in scores.values() for figures in seeds.values() for name in figures))
 
 
-def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean, standard deviation of the sample, and half the width of the mean's 95 % interval; NaN where there is none."""
+def cell(mean: str, rest: str, count: int, seeds: int) -> str:
+    """Of a table, for a figure of `count` runs in a row of `seeds` runs; nothing is known of the spread of one run."""
+    fewer = f" ({count})" if count < seeds else ""
+    return mean + (rest if count > 1 else "") + fewer if count else ""
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float, int]:
+    """Mean, standard deviation of the sample, half the width of the mean's 95 % interval, number; NaN where there is none."""
     from scipy.stats import t  # slow to import
 
     sample = np.array(list(values))
     if len(sample) < 2:
-        return float(sample[0]) if len(sample) else np.nan, np.nan, np.nan
+        return float(sample[0]) if len(sample) else np.nan, np.nan, np.nan, len(sample)
     std = float(sample.std(ddof=1))
-    return float(sample.mean()), std, float(t.ppf(0.975, len(sample) - 1)) * std / len(sample) ** 0.5
+    return float(sample.mean()), std, float(t.ppf(0.975, len(sample) - 1)) * std / len(sample) ** 0.5, len(sample)
 
 
 def table(head: list[str], rows: list[list[Any]]) -> list[str]:
@@ -108,22 +117,23 @@ def table(head: list[str], rows: list[list[Any]]) -> list[str]:
 def draw(scores: Scores) -> Figure:
     """Low-shot curves with 95 % intervals, v2 beside v1."""
     versions = [v for v in ("v2", "v1") if f"pcl-{v}" in scores or f"moco-{v}" in scores] or ["v2"]
+    shots = [name for name in measures(scores) if name.startswith("k = ")]
+    k = [int(name[4:]) for name in shots]
     figure = Figure(figsize=(1 + 5 * len(versions), 5), layout="constrained")
     grid = figure.subplots(1, len(versions), sharey=True, squeeze=False)
     for axes, version in zip(grid[0], versions, strict=True):
-        methods = [f"pcl-{version}", f"moco-{version}", "random", "pixels"]
-        for method, color, marker in zip(methods, COLORS, MARKERS, strict=False):
-            seeds = scores.get(method, {})
-            names = [name for name in measures({method: seeds}) if name.startswith("k = ")]
-            points = [spread(figures[name] for figures in seeds.values()) for name in names]
-            shots, mean, half = ([int(n[4:]) for n in names], *([p[i] for p in points] for i in (0, 2)))
-            axes.errorbar(
-                shots, mean, np.nan_to_num(half), color=color, marker=marker, capsize=3, label=f"{method} ({len(seeds)})"
-            )
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(shots, map(str, shots)) if shots else None
+        for method, color, marker in zip(
+            (f"pcl-{version}", f"moco-{version}", "random", "pixels"), COLORS, MARKERS, strict=False
+        ):
+            if method in scores:
+                seeds = scores[method].values()
+                mean, _, half, _ = zip(*(spread(figures[name] for figures in seeds) for name in shots), strict=True)
+                bars = np.nan_to_num(half)  # none for one seed
+                axes.errorbar(k, mean, bars, color=color, marker=marker, capsize=3, label=f"{method} ({len(seeds)})")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(k, map(str, k))
         axes.set(title=f"Linear SVMs with few labels, {version} (number of seeds)", xlabel="labelled images of each class, k")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    grid[0][0].set_ylabel("mean average precision (%), 95 % interval over seeds")
+    grid[0][0].set_ylabel("mean average precision (%), 95 % interval of the mean")
     return figure

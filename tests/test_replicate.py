@@ -23,9 +23,10 @@ import replication_report
 KNN = {"lr0.06": 3, "lr0.015": 2, "r2048": 5, "k50-100-200": 9, "w10": 4}  # what a run's name is worth to choosing
 
 
-def stand_in(run):
+def stand_in(run, plan=replicate.FULL):
     """The result of a run that was not made."""
     result = {"run": run.name, "method": run.method, "seed": run.seed, "data": run.data, "seconds": 1, "machine": "none"}
+    result |= {"options": replicate.command_of(run, plan, []), "probe_lr": run.probe_lr}
     if run.method.startswith("probe-"):
         return result | {"accuracy": {f"{lr:g}": lr for lr in replicate.PROBE_GRID}}
     knn = sum(worth for part, worth in KNN.items() if part in run.name.split("_"))
@@ -42,14 +43,15 @@ def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
     choosing = [run for run in done if run.data == "choose"]
     assert {run.seed for run in choosing} == {replicate.CHOICE_SEED}
     assert not {run.seed for run in done if run.data == "final"} & {replicate.CHOICE_SEED}
-    assert [run.method for run in choosing[:11]] == ["moco-v2"] * 6 + ["pcl-v2"] * 5
-    assert [run.options.split("--lr ")[1] for run in choosing[:7]] == [
+    assert [run.method for run in choosing[:13]] == ["moco-v2"] * 7 + ["pcl-v2"] * 6
+    assert [run.options.split("--lr ")[1] for run in choosing[:8]] == [
         "0.03 --pcl-r 512",
         "0.06 --pcl-r 512",
         "0.015 --pcl-r 512",
         "0.0075 --pcl-r 512",
         "0.00375 --pcl-r 512",
         "0.06 --pcl-r 2048",
+        "0.06 --pcl-r 256",
         "0.06 --pcl-r 2048 --num-cluster 125,250,500 --warmup-epoch 5",
     ]
     final = {run.name: run for run in done}
@@ -57,23 +59,29 @@ def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
     assert final["pcl-v1_seed4"].options == f"--schedule 12 16 {chosen} --num-cluster 50,100,200 --warmup-epoch 10"
     assert final["moco-v2_seed0"].options == f"--mlp --aug-plus --cos {chosen}"
     assert "--lr 0.09 " in final["moco-v2-lr_seed0"].options  # 1.5 times
+    assert "--lr 0.04 " in final["pcl-v2-lr_seed0"].options
     assert {run.probe_lr for run in done if run.data == "final"} == {3.0}
     main = [run.name for run in done if "_seed" in run.name and run.method in ("moco-v2", "pcl-v2", "moco-v2-lr", "moco-v1")]
     assert main[:3] == ["moco-v2_seed0", "pcl-v2_seed0", "moco-v2-lr_seed0"]
     assert main.index("pcl-v2_seed4") < main.index("moco-v1_seed0")
 
 
+def test_a_tie_goes_to_the_first():
+    assert replicate.first_of_the_best({"a": 49.0, "b": 49.4, "c": 50.0, "d": 49.9}, images=10_000) == "c"
+    assert replicate.first_of_the_best({"a": 49.0, "b": 49.6, "c": 50.0, "d": 49.9}, images=10_000) == "b"  # 0.5 is the error
+
+
 def test_the_options_of_every_run_parse():
-    for plan in (replicate.FULL, replicate.QUICK, replicate.GPU):
+    for plan in (replicate.FULL, replicate.QUICK, replicate.SECOND, replicate.GPU):
         for run in replicate.queue(plan, {}):
-            options = f"{replicate.BASE} --epochs {plan.epochs} {plan.options} {run.options}"
+            options = replicate.command_of(run, plan, ["--seed", "1"])
             replicate.main_pcl.get_parser().parse_args(["DIR", *options.split()])
 
 
 @pytest.fixture
 def folders(tmp_path):
     (tmp_path / "out").mkdir()
-    return Namespace(work=tmp_path / "work", out=tmp_path / "out", jobs=2)
+    return Namespace(work=tmp_path / "work", out=tmp_path / "out", jobs=2, extra=[])
 
 
 def python(text, *arguments):
@@ -83,26 +91,32 @@ def python(text, *arguments):
 def test_all_is_worked_off_whatever_fails_and_nothing_twice(folders, capsys):
     write = "import os, sys; part = sys.argv[1] + '.part'; open(part, 'w').write(sys.argv[2]); os.replace(part, sys.argv[1])"
 
-    def command(run):
-        if run.name in broken:
-            return python("raise SystemExit(3)")
-        return python(write, folders.out / f"{run.name}.json", json.dumps(stand_in(run)))
+    def work_off(plan, broken):
+        def command(run):
+            if run.name in broken:
+                return python("raise SystemExit(3)")
+            return python(write, folders.out / f"{run.name}.json", json.dumps(stand_in(run, plan)))
 
-    broken = {"random_seed0"}
-    assert replicate.work_off(replicate.QUICK, folders, command) == (["random_seed0"], [])
+        return replicate.work_off(plan, folders, command)
+
+    assert work_off(replicate.QUICK, {"random_seed0"}) == (["random_seed0"], [])
     out = capsys.readouterr().out
     assert "random_seed0  0.0 min  failed with exit code 3  " in out
     assert out.count("kNN 0.00 %") == 3
     before = {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}
-    broken = set()
-    assert replicate.work_off(replicate.QUICK, folders, command) == ([], [])
+    assert work_off(replicate.QUICK, set()) == ([], [])
     assert {path.name: path.stat().st_mtime_ns for path in folders.out.iterdir()}.items() > before.items()
     assert len(before) == 3
     assert capsys.readouterr().out.count("\n") == 1
 
-    broken = {"choose_moco-v2_lr0.015_r512"}  # nothing can be chosen then
-    failed, waiting = replicate.work_off(replicate.FULL, Namespace(**vars(folders) | {"jobs": 8}), command)
-    assert failed == [*broken]
+    # What was trained with other options is trained again, and a run that leaves such a result has failed.
+    folders.extra = ["--lr", "1"]
+    assert work_off(replicate.QUICK, set()) == (["moco-v2_seed0", "pcl-v2_seed0"], [])
+    assert capsys.readouterr().out.count("\n") == 2
+
+    folders.extra, folders.jobs = [], 8
+    failed, waiting = work_off(replicate.FULL, {"choose_moco-v2_lr0.015_r512"})  # nothing can be chosen then
+    assert failed == ["choose_moco-v2_lr0.015_r512"]
     assert "pcl-v2_seed1" in waiting
     assert "pixels_seed4" not in waiting
 
@@ -133,7 +147,8 @@ def test_a_stop_ends_all_processes(folders):
 def test_intervals_are_those_of_a_paired_t_test():
     a, b = np.random.default_rng(0).normal(50, 3, (2, 5))
     expected = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
-    mean, std, half = replication_report.spread(a - b)
+    mean, std, half, count = replication_report.spread(a - b)
+    assert count == 5
     assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
     assert std == pytest.approx(np.std(a - b, ddof=1))
     scores = {name: {s: {"kNN": value} for s, value in enumerate(values)} for name, values in (("A", a), ("B", b))}
@@ -166,7 +181,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
 
     def work_off(plan, args, command):
         for run in replicate.queue(plan, {}):
-            replicate.carry_out(run, plan, args, extra)
+            replicate.carry_out(run, plan, args)
         return [], []
 
     monkeypatch.chdir(tmp_path)
