@@ -27,6 +27,7 @@ is in WORK/logs. Options that are not this script's own go to main_pcl.py.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -247,7 +248,10 @@ def download(dataset: str, folder: Path) -> None:
     Fashion-MNIST is taken from Debian's package dataset-fashion-mnist where that is installed.
     """
     if dataset == "fashion" and DEBIAN.is_dir():
-        shutil.copytree(DEBIAN, folder.with_name("downloads") / "FashionMNIST" / "raw", dirs_exist_ok=True)
+        raw = folder.with_name("downloads") / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in DEBIAN.glob("*.gz"):
+            (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
     kind = {"cifar10": torchvision.datasets.CIFAR10, "fashion": torchvision.datasets.FashionMNIST}[dataset]
     part = folder.with_name(f"{folder.name}.part")
     for split, train in (("train", True), ("val", False)):

@@ -1,3 +1,4 @@
+import gzip
 import importlib
 import json
 import os
@@ -165,7 +166,11 @@ def test_a_download_becomes_an_image_folder(tmp_path, monkeypatch):
             super().__init__([(Image.new("L", (4, 4), label), label) for label in ((0, 1, 1) if train else (1, 0))])
 
     monkeypatch.setattr(replicate.torchvision.datasets, "FashionMNIST", Fetched)
+    (tmp_path / "debian").mkdir()
+    (tmp_path / "debian" / "labels.gz").write_bytes(gzip.compress(b"7"))
+    monkeypatch.setattr(replicate, "DEBIAN", tmp_path / "debian")
     replicate.download("fashion", tmp_path / "fashion")
+    assert (tmp_path / "downloads" / "FashionMNIST" / "raw" / "labels").read_bytes() == b"7"
     found = sorted(str(path.relative_to(tmp_path / "fashion")) for path in tmp_path.rglob("*.png"))
     shirt = "T-shirt or top"
     assert found == [f"train/{shirt}/00000.png", "train/bag/00001.png", "train/bag/00002.png",
