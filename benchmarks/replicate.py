@@ -107,7 +107,7 @@ VARIANTS = {
     "stem": "--small-stem",
 }
 BASELINES = ["pixels", "random"]
-MAIN = {"v2": ["moco-v2", "pcl-v2", "pcl-v2-lr", "moco-v2-lr"], "v1": ["moco-v1", "pcl-v1", "moco-v1-lr"]}
+MAIN = [["moco-v2", "pcl-v2"], ["moco-v1", "pcl-v1"], ["moco-v2-lr", "pcl-v2-lr"], ["moco-v1-lr"]]
 ABLATIONS = ["pcl-v2-bn8", "moco-v2-bn8", "pcl-v2-mask", "pcl-v2-every5", "pcl-v2-half"]
 STEM = ["pcl-v2-stem"]  # fifteen times the work: one seed, last
 PAIRS = [(f"pcl-{v}{a}", f"moco-{v}{b}") for v in VERSIONS for a, b in (("", ""), ("-lr", ""), ("", "-lr"))]
@@ -153,7 +153,7 @@ FULL = Plan("", IMAGES, None, EPOCHS)
 QUICK = Plan("quick", 50, 50, 3, {"lr": 0.03, "r": 128, "clusters": "12,25,50", "warmup": 1})
 GPU = Plan("gpu", None, None, 200, {"lr": 0.06, "r": 4096, "clusters": "1250,2500,5000", "warmup": 20},
            f"-b 128 --small-stem -j {available_cores()}")  # fmt: skip
-SECOND = Plan("", IMAGES, None, EPOCHS, CHOSEN, methods=(*BASELINES, *MAIN["v2"][:2]), seeds=SEEDS)
+SECOND = Plan("", IMAGES, None, EPOCHS, CHOSEN, methods=(*BASELINES, *MAIN[0]), seeds=SEEDS)
 
 
 def get_parser() -> Parser:
@@ -319,7 +319,7 @@ def queue(plan: Plan, results: dict[str, dict]) -> list[Run]:
     for name in PROBE_START if plan.probe else ():
         source = choosing_name("moco-v2", settings) if name == "probe-moco" else ""
         runs.append(Run(name, name, CHOICE_SEED, ready=not source or "r" in chosen, data="choose", backbone=source))
-    for methods in ([*MAIN["v2"], *BASELINES], MAIN["v1"]):
+    for methods in (BASELINES, *MAIN):
         runs += [final_run(method, seed, settings, chosen) for seed in SEEDS for method in methods]
     runs += [final_run(method, seed, settings, chosen) for seed in ABLATION_SEEDS for method in ABLATIONS]
     runs += [final_run(method, 0, settings, chosen) for method in STEM]
