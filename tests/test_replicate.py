@@ -18,6 +18,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
+import oracle
 import replicate
 import replication_report
 
@@ -234,3 +235,18 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
     assert not list(folder.glob("*.pth.tar"))
     kept = torch.load(folder / "backbone.pth", weights_only=True)
     assert kept["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+@pytest.mark.slow
+def test_the_oracle_takes_the_classes_for_clusters(six_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(oracle.main_pcl, "cluster_all", oracle.main_pcl.cluster_all)  # put back at the end
+    folder = tmp_path / "run"
+    options = "-b 6 --epochs 2 --warmup-epoch 1 --pcl-r 12 --num-cluster 6 --mask-duplicates".split()  # noqa: SIM905
+    run_script(oracle, six_classes, "--exp-dir", folder, *replicate.BASE.split(), *options)
+    last = torch.load(folder / "e_step.pth.tar", weights_only=True)
+    (found,) = last["granularities"]
+    labels, features = torch.as_tensor(last["labels"]), torch.as_tensor(last["features"])
+    assert torch.equal(found["im2cluster"], labels)
+    means = torch.stack([features[labels == label].mean(dim=0) for label in range(6)])
+    torch.testing.assert_close(found["prototypes"], torch.nn.functional.normalize(means, dim=1))
+    assert found["concentration"].mean() == pytest.approx(0.2)
