@@ -203,7 +203,7 @@ def main() -> int:
         failed, waiting = work_off(plan, args, lambda run: [sys.executable, __file__, "--run", run.name, *sys.argv[1:]])
     results = results_in(args.out)
     settings, chosen = decide(results)
-    order = [run.method for run in queue(FULL, {})]
+    order = [run.method for run in queue(FULL, {}) if run.data == "final"]
     report(args.out, results, {name: settings[name] for name in settings if name in chosen}, order, PAIRS)
     if failed:
         print(f"failed, see {args.work}/logs: {', '.join(failed)}; {len(waiting)} others need them", file=sys.stderr)

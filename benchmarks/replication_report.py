@@ -134,6 +134,6 @@ def draw(scores: Scores) -> Figure:
         axes.set_xticks(k, map(str, k))
         axes.set(title=f"Linear SVMs with few labels, {version} (number of seeds)", xlabel="labelled images of each class, k")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left")
     grid[0][0].set_ylabel("mean average precision (%), 95 % interval of the mean")
     return figure
