@@ -90,7 +90,7 @@ GRIDS: dict[str, tuple[str, list[Any]]] = {
     "warmup": ("pcl-v2", [5, 2, 10]),
 }
 # By the choices of CIFAR-10 (benchmarks/replication/cifar10/choices.json), for the second set.
-CHOSEN: dict[str, Any] = {"lr": 0.0075, "r": 512, "clusters": "250,500,1000", "warmup": 5, "ratio": 1.668}
+CHOSEN: dict[str, Any] = {"lr": 0.0075, "r": 512, "clusters": "250,500,1000", "warmup": 5}
 START: dict[str, Any] = {"lr": 0.03, "r": 512, "clusters": "125,250,500", "warmup": 5, "ratio": 1.0}
 PROBE_GRID = [0.0003, 0.003, 0.03, 0.3, 3.0]
 PROBE_START = {"probe-pixels": 0.003, "probe-random": 0.03, "probe-moco": 0.03}
@@ -364,18 +364,19 @@ def command_of(run: Run, plan: Plan, extra: list[str]) -> str:
     return " ".join(" ".join(parts).split())
 
 
-def is_done(run: Run, result: dict[str, Any] | None, trained: str) -> bool:
+def is_done(run: Run, result: dict[str, Any] | None, plan: Plan, extra: list[str]) -> bool:
     """Whether nothing is left to do of it.
 
     Args:
         run: the run.
-        result: what it has left; with --no-probe the probes may still be to do.
-        trained: the options that it is to be trained with. Earlier ones may have been others.
+        result: what it has left, perhaps of other options; with --no-probe the probes may still be to do.
+        plan, extra: say with `command_of` how it is to be trained.
     """
-    if result is None or result.get("options", "") != trained:
+    if result is None or result.get("options", "") != command_of(run, plan, extra):
         return False
-    probed = all(f"probe {percent} %" in result["figures"] for percent in PROBES) if run.probe_lr else True
-    return probed and (not run.probe_lr or result["probe_lr"] == run.probe_lr)
+    if not run.probe_lr:
+        return True
+    return result.get("probe_lr") == run.probe_lr and all(f"probe {percent} %" in result["figures"] for percent in PROBES)
 
 
 def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -> tuple[list[str], list[str]]:
@@ -397,9 +398,7 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
         while True:
             results = results_in(args.out)
             run_of = {run.name: run for run in queue(plan, results) if run.name not in failed}
-            left = [
-                run for run in run_of.values() if not is_done(run, results.get(run.name), command_of(run, plan, args.extra))
-            ]
+            left = [run for run in run_of.values() if not is_done(run, results.get(run.name), plan, args.extra)]
             ready = [run for run in left if run.ready and run.name not in running]
             for run in ready[: args.jobs - len(running)]:
                 with (args.work / "logs" / f"{run.name}.log").open("a") as log:
@@ -416,10 +415,10 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
                     minutes.append((time.monotonic() - start) / 60)
                     left = [run for run in left if run.name != name]
                     result = results_in(args.out).get(name)
-                    if process.returncode or not is_done(run_of[name], result, command_of(run_of[name], plan, args.extra)):
+                    if process.returncode or not is_done(run_of[name], result, plan, args.extra):
                         failed.append(name)
                     rest = f"{len(left)} left, about {np.mean(minutes) * len(left) / args.jobs / 60:.1f} h"
-                    print(f"{name}  {minutes[-1]:.1f} min  {outcome(process.returncode, name, args.out)}  {rest}", flush=True)
+                    print(f"{name}  {minutes[-1]:.1f} min  {outcome(process.returncode, result)}  {rest}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with {', '.join(running)}", flush=True)
         raise SystemExit(130) from None
@@ -432,11 +431,10 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
             process.wait()
 
 
-def outcome(code: int, name: str, out: Path) -> str:
+def outcome(code: int, result: dict[str, Any] | None) -> str:
     """In a few words."""
-    if code:
+    if code or not result:
         return f"failed with exit code {code}"
-    result = json.loads((out / f"{name}.json").read_text())
     return f"kNN {result['figures']['kNN']:.2f} %" if "figures" in result else f"accuracy {result['accuracy']}"
 
 
@@ -455,7 +453,7 @@ def carry_out(run: Run, plan: Plan, args: Namespace) -> None:
     clock = folder / "seconds.txt"
     before = float(clock.read_text()) if clock.exists() else 0.0
     try:
-        weights, network = backbone_of(run, args, result)
+        weights, network = backbone_of(run, plan, args, result)
         if run.method.startswith("probe-"):
             result["accuracy"] = {f"{lr:g}": probe(weights, 100, lr, run, args, folder) for lr in PROBE_GRID}
         else:
@@ -476,7 +474,7 @@ def carry_out(run: Run, plan: Plan, args: Namespace) -> None:
         path.unlink()
 
 
-def backbone_of(run: Run, args: Namespace, result: dict[str, Any]) -> tuple[list[Any], nn.Module]:
+def backbone_of(run: Run, plan: Plan, args: Namespace, result: dict[str, Any]) -> tuple[list[Any], nn.Module]:
     """The frozen network of a run, trained first if it must be, and the options that name it to the scripts."""
     kind = run.method.removeprefix("probe-")
     folder = args.work / "runs" / (run.backbone or run.name)
@@ -485,7 +483,7 @@ def backbone_of(run: Run, args: Namespace, result: dict[str, Any]) -> tuple[list
         return ["--pixels"], nn.Flatten()
     if kind == "random":
         seed_everything(run.seed)
-        checkpoint.save(file, checkpoint.backbone(ARCH, args.gpu_run).state_dict())
+        checkpoint.save(file, checkpoint.backbone(ARCH, "--small-stem" in plan.options).state_dict())
     elif not run.backbone and "figures" not in result:
         command = [str(args.work / run.data), "--exp-dir", str(folder), *result["options"].split(), "--seed", str(run.seed)]
         run_script("benchmarks/oracle.py" if kind.endswith("oracle") else "main_pcl.py", *command)

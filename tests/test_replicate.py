@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import importlib
 import json
@@ -66,6 +67,23 @@ def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
     main = [run.name for run in done if "_seed" in run.name and run.method in ("moco-v2", "pcl-v2", "moco-v2-lr", "moco-v1")]
     assert main[:3] == ["moco-v2_seed0", "pcl-v2_seed0", "moco-v2_seed1"]
     assert main.index("pcl-v2_seed4") < main.index("moco-v1_seed0") < main.index("moco-v2-lr_seed0")
+
+
+def test_the_second_set_has_the_settings_that_cifar10_chose():
+    settings, chosen = replicate.decide(replication_report.results_in(ROOT / "benchmarks" / "replication" / "cifar10"))
+    assert chosen >= replicate.CHOSEN.keys()
+    assert {name: settings[name] for name in replicate.CHOSEN} == replicate.CHOSEN
+
+
+def test_what_was_not_probed_waits_for_it():
+    run = next(run for run in replicate.queue(replicate.FULL, {}) if run.name == "pixels_seed0")
+    whole = stand_in(run)
+    bare = {**whole, "figures": {"kNN": 30.0}}
+    del bare["probe_lr"]
+    assert replicate.is_done(run, whole, replicate.FULL, [])
+    assert not replicate.is_done(run, whole | {"probe_lr": 9.0}, replicate.FULL, [])
+    assert not replicate.is_done(run, bare, replicate.FULL, [])
+    assert replicate.is_done(dataclasses.replace(run, probe_lr=0.0), bare, replicate.FULL, [])
 
 
 def test_a_tie_goes_to_the_first():
