@@ -20,8 +20,8 @@ The protocol, fixed before PCL was first scored on the test set:
   probe: for pixels, random network and MoCo; PCL takes MoCo's.
 - Comparison: five seeds of each method. Ablations of PCL v2: three seeds, paired with those of PCL v2. Fashion-MNIST: MoCo
   and PCL v2 with the settings of CIFAR-10, and PCL v2 with coarser clusters, since its classes are easier to tell apart.
-- Two rows came in after PCL had been found no better than MoCo: "-coarse", and "-oracle", which takes the classes for clusters
-  and so shows what the prototype term can do at its best (`oracle.py`).
+- Three rows came in after PCL had been found no better than MoCo: "pcl-v2-coarse", "moco-v2-stem", and "pcl-v2-oracle", which
+  takes the classes for clusters and so shows what the prototype term can do at its best (`oracle.py`).
 - Measures, on the frozen backbone: kNN (k = 200, temperature 0.1, whole images) and low-shot linear SVMs (mean average
   precision, k = 1, 2, 4, 8, 16) are primary. Linear probe with 1 %, 10 % and all labels; agreement (NMI, AMI) of ten k-means
   clusters of the test images with their classes. The labels that serve are those of the images to pre-train on.
@@ -113,10 +113,11 @@ VARIANTS = {
 BASELINES = ["pixels", "random"]
 MAIN = [["moco-v2", "pcl-v2"], ["moco-v1", "pcl-v1"], ["moco-v2-lr", "pcl-v2-lr"], ["moco-v1-lr"]]
 ABLATIONS = ["pcl-v2-bn8", "moco-v2-bn8", "pcl-v2-mask", "pcl-v2-every5", "pcl-v2-half", "pcl-v2-coarse", "pcl-v2-oracle"]
-STEM = ["pcl-v2-stem"]  # fifteen times the work: one seed, last
+STEM = ["moco-v2-stem", "pcl-v2-stem"]  # five times the work: one seed, last
 PAIRS = [(f"pcl-{v}{a}", f"moco-{v}{b}") for v in VERSIONS for a, b in (("", ""), ("-lr", ""), ("", "-lr"))]
 PAIRS += [(name, name.rpartition("-")[0]) for name in ABLATIONS + STEM if name != "pcl-v2-oracle"]
-PAIRS += [("pcl-v2-bn8", "moco-v2-bn8"), ("pcl-v2-coarse", "moco-v2"), ("pcl-v2-oracle", "moco-v2")]
+PAIRS += [("pcl-v2-bn8", "moco-v2-bn8"), ("pcl-v2-stem", "moco-v2-stem"), ("pcl-v2-coarse", "moco-v2")]
+PAIRS += [("pcl-v2-oracle", "moco-v2")]
 
 PROBES = {1: "--epochs 200 --schedule 120 160", 10: "--epochs 40 --schedule 24 32", 100: "--epochs 10 --schedule 6 8"}
 NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
