@@ -35,6 +35,7 @@ class Run:
         self.exp_dir, self.out = exp_dir, exp_dir.with_suffix(".out")
         command = [sys.executable, "main_pcl.py", str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the run
         with self.out.open("w") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
 
