@@ -115,7 +115,8 @@ MAIN = [["moco-v2", "pcl-v2"], ["moco-v1", "pcl-v1"], ["moco-v2-lr", "pcl-v2-lr"
 ABLATIONS = ["pcl-v2-bn8", "moco-v2-bn8", "pcl-v2-mask", "pcl-v2-every5", "pcl-v2-half", "pcl-v2-coarse", "pcl-v2-oracle"]
 STEM = ["moco-v2-stem", "pcl-v2-stem"]  # five times the work: one seed, last
 PAIRS = [(f"pcl-{v}{a}", f"moco-{v}{b}") for v in VERSIONS for a, b in (("", ""), ("-lr", ""), ("", "-lr"))]
-PAIRS += [(name, name.rpartition("-")[0]) for name in ABLATIONS + STEM if name != "pcl-v2-oracle"]
+STEPS = [name for methods in MAIN for name in methods if name.endswith("-lr")]
+PAIRS += [(name, name.rpartition("-")[0]) for name in STEPS + ABLATIONS + STEM]
 PAIRS += [("pcl-v2-bn8", "moco-v2-bn8"), ("pcl-v2-stem", "moco-v2-stem"), ("pcl-v2-coarse", "moco-v2")]
 PAIRS += [("pcl-v2-oracle", "moco-v2")]
 
