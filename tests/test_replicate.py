@@ -241,7 +241,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
 
     # The prototype term of weight 0 adds nothing to the gradient, and one of weight 1 something.
     folder, ratios = tmp_path / "work" / "runs" / "pcl-v2_seed0", []
-    command = [str(six_classes), *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
+    command = [str(six_classes), "-a", demo.ARCH, *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
     monkeypatch.setattr(sys, "argv", ["main_pcl.py", *command, "--exp-dir", str(tmp_path / "again")])
     replicate.main_pcl.main()
     trained = tmp_path / "again" / "checkpoint_0001.pth.tar"
@@ -260,7 +260,7 @@ def test_the_oracle_takes_the_classes_for_clusters(six_classes, tmp_path, monkey
     monkeypatch.setattr(oracle.main_pcl, "cluster_all", oracle.main_pcl.cluster_all)  # put back at the end
     folder = tmp_path / "run"
     options = "-b 6 --epochs 2 --warmup-epoch 1 --pcl-r 12 --num-cluster 6 --mask-duplicates".split()  # noqa: SIM905
-    run_script(oracle, six_classes, "--exp-dir", folder, *replicate.BASE.split(), *options)
+    run_script(oracle, six_classes, "--exp-dir", folder, "-a", demo.ARCH, *replicate.BASE.split(), *options)
     last = torch.load(folder / "e_step.pth.tar", weights_only=True)
     (found,) = last["granularities"]
     labels, features = torch.as_tensor(last["labels"]), torch.as_tensor(last["features"])

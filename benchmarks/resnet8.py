@@ -1,0 +1,61 @@
+"""A ResNet-8 for images of 32 pixels: runs one of the scripts with it.
+
+    python benchmarks/resnet8.py main_pcl.py -a resnet8 [options of main_pcl.py]
+
+The network of He et al. 2016 (https://arxiv.org/abs/1512.03385), section 4.2, with n = 1: a first convolution, and one block
+each of 16, 32 and 64 channels. It has 78,000 weights and gives features of 64 numbers. Unlike there, a convolution of 1x1 leads
+past a block that changes the shape, as in torchvision's networks.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import _api, resnet
+
+from demo import ROOT
+
+RESNET8 = "resnet8"
+sys.path.insert(0, str(ROOT))  # the scripts
+
+
+class ResNet8(nn.Module):
+    """Its layers bear the names of torchvision's ResNets."""
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = resnet.BasicBlock(16, 16)
+        self.layer2 = resnet.BasicBlock(16, 32, stride=2, downsample=shortcut(16, 32))
+        self.layer3 = resnet.BasicBlock(32, 64, stride=2, downsample=shortcut(32, 64))
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
+
+
+def shortcut(channels: int, out_channels: int) -> nn.Sequential:
+    """From the input of a block of stride 2 to its output."""
+    return nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels))
+
+
+def build(*, weights: None = None, progress: bool = True, **options: Any) -> ResNet8:
+    """As torchvision's builders, among which the scripts look for it."""
+    return ResNet8(**options)
+
+
+build.__module__ = resnet.__name__
+_api.register_model(RESNET8)(build)
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
