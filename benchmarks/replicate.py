@@ -74,7 +74,7 @@ from pcl.metrics import cluster_agreement, knn_accuracy
 from pcl.monitor import LAST_E_STEP
 from pcl.samples import write_image_folder
 from replication_report import report, results_in
-from resnet8 import RESNET8
+from resnet8 import RESNET8, register
 
 sys.path.insert(0, str(ROOT))  # the scripts
 
@@ -88,7 +88,7 @@ SEEDS, ABLATION_SEEDS = range(5), range(3)
 
 # What is chosen, one after the other: by which method, and from what. The others stand at START meanwhile.
 GRIDS: dict[str, tuple[str, list[Any]]] = {
-    "lr": ("moco-v2", [0.03, 0.06, 0.015, 0.0075, 0.00375]),
+    "lr": ("moco-v2", [0.03, 0.06, 0.015, 0.0075, 0.00375, 0.12]),
     "r": ("moco-v2", [512, 2048, 256]),
     "clusters": ("pcl-v2", ["125,250,500", "50,100,200", "250,500,1000", "500,1000,2000"]),
     "warmup": ("pcl-v2", [5, 2, 10]),
@@ -195,6 +195,8 @@ def main() -> int:
     plan = SECOND if args.dataset == "fashion" and not args.data else FULL
     plan = QUICK if args.quick else GPU if args.gpu_run else TINY if args.resnet8 else plan
     plan = replace(plan, probe=not args.no_probe)
+    if args.resnet8:
+        register()
     name = args.data.resolve().name if args.data else "samples" if args.quick else args.dataset
     args.work = (args.work or ROOT / "replication" / name / plan.folder).resolve()
     kept = ROOT / "benchmarks" / "replication" / name / plan.folder

@@ -1,6 +1,6 @@
 """A ResNet-8 for images of 32 pixels: runs one of the scripts with it.
 
-    python benchmarks/resnet8.py main_pcl.py -a resnet8 [options of main_pcl.py]
+    python benchmarks/resnet8.py main_pcl.py -a resnet8 [options of main_pcl.py, with --nproc 1]
 
 The network of He et al. 2016 (https://arxiv.org/abs/1512.03385), section 4.2, with n = 1: a first convolution, and one block
 each of 16, 32 and 64 channels. It has 78,000 weights and gives features of 64 numbers. Unlike there, a convolution of 1x1 leads
@@ -49,13 +49,21 @@ def shortcut(channels: int, out_channels: int) -> nn.Sequential:
 
 
 def build(*, weights: None = None, progress: bool = True, **options: Any) -> ResNet8:
-    """As torchvision's builders, among which the scripts look for it."""
+    """As torchvision's builders."""
     return ResNet8(**options)
 
 
-build.__module__ = resnet.__name__
-_api.register_model(RESNET8)(build)
+def register() -> None:
+    """Let this process find it among torchvision's networks."""
+    build.__module__ = resnet.__name__  # where torchvision looks for what it lists
+    _api.BUILTIN_MODELS[RESNET8] = build
 
-if __name__ == "__main__":
+
+def main() -> None:
+    register()
     sys.argv = sys.argv[1:]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

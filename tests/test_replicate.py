@@ -22,6 +22,7 @@ import demo
 import oracle
 import replicate
 import replication_report
+import resnet8
 
 KNN = {"lr0.06": 3, "lr0.015": 2, "r2048": 5, "k50-100-200": 9, "w10": 4}  # what a run's name is worth to choosing
 
@@ -46,13 +47,14 @@ def test_settings_are_chosen_one_after_the_other_and_never_on_the_test_set():
     choosing = [run for run in done if run.data == "choose"]
     assert {run.seed for run in choosing} == {replicate.CHOICE_SEED}
     assert not {run.seed for run in done if run.data == "final"} & {replicate.CHOICE_SEED}
-    assert [run.method for run in choosing[:13]] == ["moco-v2"] * 7 + ["pcl-v2"] * 6
-    assert [run.options.split("--lr ")[1] for run in choosing[:8]] == [
+    assert [run.method for run in choosing[:14]] == ["moco-v2"] * 8 + ["pcl-v2"] * 6
+    assert [run.options.split("--lr ")[1] for run in choosing[:9]] == [
         "0.03 --pcl-r 512",
         "0.06 --pcl-r 512",
         "0.015 --pcl-r 512",
         "0.0075 --pcl-r 512",
         "0.00375 --pcl-r 512",
+        "0.12 --pcl-r 512",
         "0.06 --pcl-r 2048",
         "0.06 --pcl-r 256",
         "0.06 --pcl-r 2048 --num-cluster 125,250,500 --warmup-epoch 5",
@@ -268,3 +270,24 @@ def test_the_oracle_takes_the_classes_for_clusters(six_classes, tmp_path, monkey
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(6)])
     torch.testing.assert_close(found["prototypes"], torch.nn.functional.normalize(means, dim=1))
     assert found["concentration"].mean() == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_a_script_trains_the_resnet8(six_classes, tmp_path, monkeypatch):
+    known = resnet8._api.BUILTIN_MODELS
+    monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**known})
+    folder = tmp_path / "run"
+    options = "-b 6 --epochs 1 --warmup-epoch 0 --pcl-r 12 --num-cluster 6".split()  # noqa: SIM905
+    base = ["-a", resnet8.RESNET8, *replicate.BASE.split()]
+    run_script(resnet8, "main_pcl.py", six_classes, "--exp-dir", folder, *base, *options)
+    network, arch = replicate.checkpoint.load_backbone(folder / "checkpoint_0000.pth.tar")
+    assert arch == "resnet8"
+    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(78_000, rel=0.02)
+    halved = []
+    for layer in (network.layer1, network.layer2, network.layer3):
+        layer.register_forward_hook(lambda module, given, out: halved.append(tuple(out.shape[1:])))
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+    assert halved == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    agreement = replicate.agreement_of_clusters(folder / "e_step.pth.tar")
+    assert list(agreement) == ["K = 6"]
+    assert 0 < agreement["K = 6"]["purity"] <= 100
