@@ -1,8 +1,8 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
 # make bench  measures what is faster here than in the published code, into benchmarks/results.md
-# make replicate  compares PCL with MoCo on CIFAR-10, in hours, into benchmarks/replication/ (DATA=DIR: on images of your own,
-#             into replication/; QUICK=1: in minutes, to see that it works)
+# make replicate  compares PCL with MoCo on CIFAR-10 and Fashion-MNIST, in hours, into benchmarks/replication/
+#             (DATA=DIR: on images of your own, into replication/; QUICK=1: in minutes, to see that it works)
 
 PYTHON ?= python3
 DATA ?=
@@ -24,6 +24,11 @@ bench: .venv/installed
 
 replicate: .venv/installed
 	.venv/bin/python benchmarks/replicate.py $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
+ifeq ($(DATA)$(QUICK),)
+	.venv/bin/python benchmarks/replicate.py --dataset fashion
+	.venv/bin/python benchmarks/replicate.py --resnet8
+	.venv/bin/python benchmarks/replicate.py --resnet8 --dataset fashion
+endif
 
 format: .venv/installed
 	.venv/bin/ruff format .

@@ -1,9 +1,10 @@
 """Does prototype contrast help on small data? MoCo against PCL, v1 and v2, on 5,000 photographs of CIFAR-10.
 
-    make replicate                                     everything: hours; goes on where it stopped
-    python benchmarks/replicate.py --data DIR          on DIR/train/<class>/ and DIR/val/<class>/ of your own
+    make replicate                                     all of the next three: hours; goes on where it stopped
+    python benchmarks/replicate.py                     CIFAR-10
     python benchmarks/replicate.py --dataset fashion   the second set, Fashion-MNIST, v2 alone, with the settings of CIFAR-10
     python benchmarks/replicate.py --resnet8           a network of 0.08 instead of 11 million weights, v2 alone, on either set
+    python benchmarks/replicate.py --data DIR          on DIR/train/<class>/ and DIR/val/<class>/ of your own
     python benchmarks/replicate.py --quick             one seed, v2 alone, nothing chosen, on 500 images: minutes
     python benchmarks/replicate.py --gpu-run           all 50,000 images, 200 epochs, small stem: for a GPU
     python benchmarks/replicate.py --report            table and figure once more, from what is there
@@ -198,6 +199,7 @@ def main() -> int:
     if args.resnet8:
         register()
     name = args.data.resolve().name if args.data else "samples" if args.quick else args.dataset
+    fetched = (args.work or ROOT / "replication" / name) / ("samples" if args.quick else args.dataset)  # one for all plans
     args.work = (args.work or ROOT / "replication" / name / plan.folder).resolve()
     kept = ROOT / "benchmarks" / "replication" / name / plan.folder
     args.out = (args.out or (args.work / "results" if args.data or args.quick else kept)).resolve()
@@ -212,7 +214,7 @@ def main() -> int:
         return 0
     failed: list[str] = []
     if not args.report:
-        prepare(parser, plan, args)
+        prepare(parser, plan, args, fetched.resolve())
         failed, waiting = work_off(plan, args, lambda run: [sys.executable, __file__, "--run", run.name, *sys.argv[1:]])
     results = results_in(args.out)
     settings, chosen = decide(results)
@@ -223,15 +225,15 @@ def main() -> int:
     return int(bool(failed))
 
 
-def prepare(parser: Parser, plan: Plan, args: Namespace) -> None:
+def prepare(parser: Parser, plan: Plan, args: Namespace, fetched: Path) -> None:
     """Make WORK/choose and WORK/final, folders of links to the images, unless they are there.
 
-    Results that OUT holds already, such as those that come with the code, are moved to WORK/earlier: they are not of this work
-    folder and are made again.
+    The images are those of --data, or else are fetched into `fetched` first. Results that OUT holds already, such as those that
+    come with the code, are moved to WORK/earlier: they are not of this work folder and are made again.
     """
     source = args.work / "source.txt"
     if not args.data:
-        args.data = args.work / ("samples" if args.quick else args.dataset)
+        args.data = fetched
         if not args.data.is_dir():
             write_image_folder(args.data) if args.quick else download(args.dataset, args.data)
     folders = [open_folder(parser, args.data, split) for split in ("train", "val")]
