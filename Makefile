@@ -23,12 +23,11 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py
 
 replicate: .venv/installed
-	.venv/bin/python benchmarks/replicate.py $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
-ifeq ($(DATA)$(QUICK),)
-	.venv/bin/python benchmarks/replicate.py --dataset fashion
-	.venv/bin/python benchmarks/replicate.py --resnet8
-	.venv/bin/python benchmarks/replicate.py --resnet8 --dataset fashion
-endif
+	@failed=0; \
+	for part in "" $(if $(DATA)$(QUICK),,"--dataset fashion" --resnet8 "--resnet8 --dataset fashion"); do \
+	    .venv/bin/python benchmarks/replicate.py $$part $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick) || failed=$$?; \
+	    test $$failed -lt 128 || break; \
+	done; exit $$failed
 
 format: .venv/installed
 	.venv/bin/ruff format .

@@ -42,7 +42,7 @@ def report(
             scores[result["method"]][result["seed"]] = result["figures"]
     scores = {method: seeds for method, seeds in scores.items() if seeds}
     if scores:
-        lines += [*table_of_scores(scores), *table_of_differences(scores, pairs)]
+        lines += [*table_of_scores(scores), *table_of_differences(scores, pairs), *table_of_clusters(results)]
         draw(scores).savefig(out / "low_shot.png", dpi=DPI)
     if tried:
         rows = [[name, f"{r['figures']['kNN']:.2f}"] for name, r in tried.items() if "figures" in r]
@@ -85,6 +85,20 @@ def table_of_differences(scores: Scores, pairs: Sequence[tuple[str, str]]) -> li
         "The images are the same for all seeds: the intervals cover initial weights, order, augmentation and draws of labels."
     )
     return ["", title, "", *table(["difference", "seeds", *names], rows)] if rows else []
+
+
+def table_of_clusters(results: dict[str, dict]) -> list[str]:
+    """Mean agreement of the clusters of the last E-step with the classes of the images that were clustered."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for result in results.values():
+        for k, agreement in result.get("clusters", {}).items() if result["data"] == "final" else ():
+            found.setdefault((result["method"], k), []).append(agreement)
+    if not found:
+        return []
+    names = ["purity", "nmi", "ami"]
+    rows = [[*key, len(seen), *(f"{np.mean([each[n] for each in seen]):.1f}" for n in names)] for key, seen in found.items()]
+    lines = ["", "Clusters of the last E-step and the classes of its images, in percent, mean over the seeds.", ""]
+    return lines + table(["method", "clusters", "seeds", "purity", "NMI", "AMI"], rows)
 
 
 def measures(scores: Scores) -> list[str]:

@@ -3,7 +3,7 @@
     python benchmarks/resnet8.py main_pcl.py -a resnet8 [options of main_pcl.py, with --nproc 1]
 
 The network of He et al. 2016 (https://arxiv.org/abs/1512.03385), section 4.2, with n = 1: a first convolution, and one block
-each of 16, 32 and 64 channels. It has 78,000 weights and gives features of 64 numbers. Unlike there, a convolution of 1x1 leads
+each of 16, 32 and 64 channels. It has 77,000 weights and gives features of 64 numbers. Unlike there, a convolution of 1x1 leads
 past a block that changes the shape, as in torchvision's networks.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # the scripts
 
 
 class ResNet8(nn.Module):
-    """Its layers bear the names of torchvision's ResNets."""
+    """(N, 3, H, W) float images to (N, num_classes) float; its layers bear the names of torchvision's ResNets."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def shortcut(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels))
 
 
-def build(*, weights: None = None, progress: bool = True, **options: Any) -> ResNet8:
+def build(*, weights: None = None, **options: Any) -> ResNet8:
     """As torchvision's builders."""
     return ResNet8(**options)
 

@@ -93,8 +93,15 @@ def test_a_tie_goes_to_the_first():
     assert replicate.first_of_the_best({"a": 49.0, "b": 49.6, "c": 50.0, "d": 49.9}, images=10_000) == "b"  # 0.5 is the error
 
 
-def test_the_options_of_every_run_parse():
-    for plan in (replicate.FULL, replicate.QUICK, replicate.SECOND, replicate.GPU):
+@pytest.fixture
+def registry(monkeypatch):
+    """That of torchvision's networks, put back at the end."""
+    monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**resnet8._api.BUILTIN_MODELS})
+
+
+def test_the_options_of_every_run_parse(registry):
+    resnet8.register()
+    for plan in (replicate.FULL, replicate.QUICK, replicate.SECOND, replicate.GPU, replicate.TINY):
         for run in replicate.queue(plan, {}):
             options = replicate.command_of(run, plan, ["--seed", "1"])
             replicate.main_pcl.get_parser().parse_args(["DIR", *options.split()])
@@ -234,7 +241,9 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
     assert (len(known), len(validation), len(test)) == (18, 18, 18)
     assert not known & validation
     assert {path.resolve() for path in (tmp_path / "work" / "choose/train").rglob("*.png")} == known
+    assert list(results["pcl-v2_seed0"]["clusters"]) == ["K = 3", "K = 5"]
     table = (out / "table.md").read_text()
+    assert "| pcl-v2 | K = 5 | 1 | " in table
     assert "| pcl-v2 minus moco-v2 | 1 | " in table
     assert (out / "low_shot.png").exists()
     (out / "table.md").unlink()
@@ -270,24 +279,38 @@ def test_the_oracle_takes_the_classes_for_clusters(six_classes, tmp_path, monkey
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(6)])
     torch.testing.assert_close(found["prototypes"], torch.nn.functional.normalize(means, dim=1))
     assert found["concentration"].mean() == pytest.approx(0.2)
+    agreement = replicate.agreement_of_clusters(folder / "e_step.pth.tar")
+    assert agreement == {"K = 6": pytest.approx({"nmi": 100, "ami": 100, "purity": 100})}
 
 
 @pytest.mark.slow
-def test_a_script_trains_the_resnet8(six_classes, tmp_path, monkeypatch):
-    known = resnet8._api.BUILTIN_MODELS
-    monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**known})
+def test_a_script_trains_the_resnet8(six_classes, tmp_path, registry):
     folder = tmp_path / "run"
     options = "-b 6 --epochs 1 --warmup-epoch 0 --pcl-r 12 --num-cluster 6".split()  # noqa: SIM905
     base = ["-a", resnet8.RESNET8, *replicate.BASE.split()]
     run_script(resnet8, "main_pcl.py", six_classes, "--exp-dir", folder, *base, *options)
     network, arch = replicate.checkpoint.load_backbone(folder / "checkpoint_0000.pth.tar")
     assert arch == "resnet8"
-    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(78_000, rel=0.02)
-    halved = []
+    assert sum(weight.numel() for weight in network.parameters()) == 77_392
+    shapes = []
     for layer in (network.layer1, network.layer2, network.layer3):
-        layer.register_forward_hook(lambda module, given, out: halved.append(tuple(out.shape[1:])))
+        layer.register_forward_hook(lambda module, given, out: shapes.append(tuple(out.shape[1:])))
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 64)
-    assert halved == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    agreement = replicate.agreement_of_clusters(folder / "e_step.pth.tar")
-    assert list(agreement) == ["K = 6"]
-    assert 0 < agreement["K = 6"]["purity"] <= 100
+    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_the_resnet8_has_runs_of_its_own(six_classes, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(replicate, "script", lambda *words: started.append(words))
+    for plan in (replicate.FULL, replicate.TINY):
+        run = next(run for run in replicate.queue(plan, {}) if run.name == "moco-v2_seed0")
+        replicate.run_script("main_pcl.py", *replicate.command_of(run, plan, []).split()[:2])
+    assert started == [("main_pcl.py", "-a", "resnet18"), ("benchmarks/resnet8.py", "main_pcl.py", "-a", "resnet8")]
+    methods = [run.method for run in replicate.queue(replicate.TINY, {}) if run.data == "final" and run.seed == 4]
+    assert methods == ["pixels", "random", "moco-v2", "pcl-v2", "moco-v2-lr", "pcl-v2-lr"]
+
+    args = Namespace(data=six_classes, work=tmp_path, out=tmp_path)
+    for _ in range(2):
+        replicate.prepare(replicate.get_parser(), replicate.FULL, args, tmp_path)
+    with pytest.raises(SystemExit):
+        replicate.prepare(replicate.get_parser(), replicate.TINY, args, tmp_path)
