@@ -378,7 +378,10 @@ def command_of(run: Run, plan: Plan, extra: list[str]) -> str:
     warm_up = f"--warmup-epoch {plan.epochs}" if run.method.startswith("moco") else ""
     epochs = f"--epochs {plan.epochs} --save-freq {plan.epochs}"
     parts = [f"-a {plan.arch}", BASE, epochs, plan.options, warm_up, run.options, *extra]
-    return " ".join(" ".join(parts).split())
+    command = " ".join(parts).split()
+    if warm_up and extra:  # whatever they say of --epochs and --warmup-epoch, MoCo is warm-up to the end
+        command += ["--warmup-epoch", str(main_pcl.get_parser().parse_args(["DIR", *command]).epochs)]
+    return " ".join(command)
 
 
 def is_done(run: Run, result: dict[str, Any] | None, plan: Plan, extra: list[str]) -> bool:

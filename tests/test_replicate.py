@@ -107,6 +107,14 @@ def test_the_options_of_every_run_parse(registry):
             replicate.main_pcl.get_parser().parse_args(["DIR", *options.split()])
 
 
+def test_moco_is_warm_up_to_the_end_whatever_options_are_added():
+    warm_up = {}
+    for run in replicate.queue(replicate.QUICK, {})[2:]:
+        options = replicate.command_of(run, replicate.QUICK, ["--epochs", "60", "--warmup-epoch", "5"])
+        warm_up[run.method] = replicate.main_pcl.get_parser().parse_args(["DIR", *options.split()]).warmup_epoch
+    assert warm_up == {"moco-v2": 60, "pcl-v2": 5}
+
+
 @pytest.fixture
 def folders(tmp_path):
     (tmp_path / "out").mkdir()
