@@ -509,10 +509,10 @@ def backbone_of(run: Run, plan: Plan, args: Namespace, result: dict[str, Any]) -
         run_script("benchmarks/oracle.py" if kind.endswith("oracle") else "main_pcl.py", *command)
         trained = checkpoint.newest(folder)
         checkpoint.save(file, checkpoint.load_backbone(trained)[0].state_dict())
+        if kind.startswith("pcl") and run.data == "choose":
+            result["gradient_ratio"] = gradient_ratio(command, trained)
         if kind.startswith("pcl") and (last := trained.with_name(LAST_E_STEP)).exists():
             result["clusters"] = agreement_of_clusters(last)
-            if run.data == "choose":
-                result["gradient_ratio"] = gradient_ratio(command, trained)
     return ["--pretrained", file, "-a", plan.arch], checkpoint.load_backbone(file, plan.arch)[0]
 
 

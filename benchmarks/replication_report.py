@@ -90,8 +90,8 @@ def table_of_differences(scores: Scores, pairs: Sequence[tuple[str, str]]) -> li
 def table_of_clusters(results: dict[str, dict]) -> list[str]:
     """Mean agreement of the clusters of the last E-step with the classes of the images that were clustered."""
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for result in results.values():
-        for k, agreement in result.get("clusters", {}).items() if result["data"] == "final" else ():
+    for result in (result for result in results.values() if result["data"] == "final"):
+        for k, agreement in result.get("clusters", {}).items():
             found.setdefault((result["method"], k), []).append(agreement)
     if not found:
         return []

@@ -20,7 +20,6 @@ from torchvision.models import _api, resnet
 from demo import ROOT
 
 RESNET8 = "resnet8"
-sys.path.insert(0, str(ROOT))  # the scripts
 
 
 class ResNet8(nn.Module):
@@ -62,6 +61,7 @@ def register() -> None:
 def main() -> None:
     register()
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))  # the scripts
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
 
