@@ -49,6 +49,7 @@ from pcl.distributed import (
     wait_for_main,
 )
 from pcl.epoch import Begun, is_whole
+from pcl.images import read_image, read_tensor
 from pcl.loader import (
     EpochSampler,
     IndexedFolder,
@@ -57,8 +58,6 @@ from pcl.loader import (
     make_loader,
     normalize,
     random_view,
-    read_image,
-    read_tensor,
     share_of_rank,
 )
 from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions

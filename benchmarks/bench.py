@@ -36,6 +36,7 @@ from pcl.augment import RecipeView, finish
 from pcl.builder import MoCo
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
 from pcl.distributed import deal, launch
+from pcl.images import read_image, read_tensor
 from pcl.loader import (
     MEAN,
     STD,
@@ -44,8 +45,6 @@ from pcl.loader import (
     center_view,
     make_loader,
     random_view,
-    read_image,
-    read_tensor,
 )
 from pcl.logs import describe_machine, versions
 from pcl.losses import prototype_logits, prototype_loss, sample_negatives

@@ -31,7 +31,8 @@ from pcl.distributed import (
     same_on_all,
     total_processes,
 )
-from pcl.loader import IndexedFolder, holds_images, visible_folders, why_unreadable
+from pcl.images import holds_images, visible_folders, why_unreadable
+from pcl.loader import IndexedFolder
 from pcl.logs import log, track
 from pcl.watch import INTERRUPTED
 

@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pcl import checkpoint
-from pcl.loader import IndexedFolder, UnreadableImageError, read_image
+from pcl.images import UnreadableImageError, read_image
+from pcl.loader import IndexedFolder
 from pcl.monitor import LAST_E_STEP
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a

@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from pcl.loader import read_image
+from pcl.images import read_image
 
 
 class VOCError(ValueError):

@@ -7,6 +7,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import ColorJitter, functional
 
 from pcl.augment import RECIPE, RecipeView, finish
+from pcl.images import read_image, read_tensor
 from pcl.loader import (
     MEAN,
     STD,
@@ -15,8 +16,6 @@ from pcl.loader import (
     center_view,
     make_loader,
     normalize,
-    read_image,
-    read_tensor,
 )
 
 

@@ -11,19 +11,17 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from pcl import loader
+from pcl.images import UnreadableImageError, read_image, read_tensor
 from pcl.loader import (
     EpochSampler,
     GaussianBlur,
     IndexedFolder,
     TwoViews,
-    UnreadableImageError,
     center_view,
     make_loader,
     normalize,
     random_numbers_of,
     random_view,
-    read_image,
-    read_tensor,
     share_of_rank,
 )
 
