@@ -181,8 +181,8 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
     for images in (train_set, val_set):
         cli.check_same_images(images)
-        if remark := images.remark():
-            log(f"note: {remark}")
+        for line in images.remarks() if is_main() else []:
+            log(line)
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.
     start = time.monotonic()

@@ -546,8 +546,8 @@ def introduce(
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
-    if remark := images.remark():
-        log(f"note: {remark}")
+    for line in images.remarks() if is_main() else []:
+        log(line)
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")

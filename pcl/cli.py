@@ -31,7 +31,7 @@ from pcl.distributed import (
     same_on_all,
     total_processes,
 )
-from pcl.images import holds_images, visible_folders, why_unreadable
+from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
 from pcl.logs import log, track
 from pcl.watch import INTERRUPTED
@@ -272,29 +272,49 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
         root = data / split
         if not root.is_dir():
             root = data
-            if (labelled or not holds_images(data)) and (remedy := _remedy_for(data, split, labelled)):
+            if (labelled or not list_folder(data).images) and (remedy := _remedy_for(data, split, labelled)):
                 parser.error(f"DIR {data}: it has no folder {split}/{remedy}")
         images = IndexedFolder(root.resolve(), lambda image: image)
-    except FileNotFoundError:
-        parser.error(f"DIR {data}: no image in {root}/<class>/; put JPEG, PNG or other images there")
+    except FileNotFoundError as error:
+        parser.error(f"DIR {data}: {error}")
     except OSError as error:
         parser.error(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable, or move it away")
     if labelled and not images.classes:
-        parser.error(f"DIR {data}: images lie in {root} itself; put them into {root}/<class>/, which names their label")
+        remedy = f"put them into {root}/<class>/, which names their label"
+        if Path(images.path(0)).name.startswith("ILSVRC2012_val"):
+            archives = "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
+            remedy += f"; torchvision.datasets.ImageNet({str(data)!r}, 'val') does so from {archives} in it, without {split}/"
+        parser.error(f"DIR {data}: images lie in {root} itself; {remedy}")
     return images
 
 
 def _remedy_for(data: Path, split: str, labelled: bool) -> str:
     """What to do about a folder without data/split; empty if its own folders will do as classes."""
-    folders = visible_folders(data)
+    folders, _, others = list_folder(data)
     around = data.resolve().parent
-    for other in [data / name for name in folders] + [around] * labelled:
-        if (other / split).is_dir():
-            return f", but {other} has; give that one"
-    if labelled or not folders or "val" in folders:
+    other = around if labelled and (around / split).is_dir() else _nearest_with(split, folders)
+    if other:
+        return f", but {other} has; give that one"
+    if labelled or not folders or str(data / "val") in folders:
         straight = "" if labelled else f", or straight into {data} if they have no labels"
-        return f"; put the images into {data / split}/<class>/{straight}"
+        return f"; put the images into {data / split}/<class>/{straight}{tell_left_out(others)}"
     return ""
+
+
+def _nearest_with(split: str, folders: list[str]) -> str | None:
+    """Of the folders and those below, the nearest in which `split` holds images; not of very many.
+
+    Deeper ones (ImageNet lies in ILSVRC/Data/CLS-LOC) need val beside it, lest it be a class of that name.
+    """
+    for depth in range(4):
+        needed = [split, "val"] if depth else [split]
+        for folder in folders:
+            if all(os.path.isdir(os.path.join(folder, name)) for name in needed) and holds_images(os.path.join(folder, split)):
+                return folder
+        if len(folders) > 16:
+            break
+        folders = [path for folder in folders for path in list_folder(folder).folders]
+    return None
 
 
 def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: IndexedFolder) -> list[IndexedFolder]:

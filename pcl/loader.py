@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -25,11 +26,21 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from pcl.distributed import derive_seed, get_rank, get_world_size
-from pcl.images import UnreadableImageError, find_images, holds_images, read_image, read_tensor, visible_folders, why_unreadable  # noqa: F401  people look for the readers beside the views
+from pcl.images import (  # noqa: F401  people look for both readers beside the views
+    UnreadableImageError,
+    bits_used,
+    find_images,
+    in_words,
+    list_folder,
+    read_image,
+    read_tensor,
+    tell_left_out,
+    why_unreadable,
+)
 from pcl.watch import SIGNALS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
@@ -40,7 +51,7 @@ class IndexedFolder(Dataset):
     """Images of `root/<class>/..`, in torchvision's order, each with its index.
 
     Where images lie in `root` itself, there are no classes: all images below it are one set without labels. Links are
-    followed; hidden files and folders are left out.
+    followed; hidden files and folders are left out. `left_out` counts the other files, by ending.
 
     Args:
         root: the folder.
@@ -67,13 +78,16 @@ class IndexedFolder(Dataset):
     ) -> None:
         self.root = Path(root)
         self.classes: list[str] = []  # none: without labels
-        if holds_images(root):
-            found = [find_images(str(root))]
+        listing, self.left_out = list_folder(root), Counter[str]()
+        if listing.images:
+            found = [find_images(root, self.left_out)]
         else:
-            self.classes = visible_folders(root)
-            found = [find_images(os.path.join(root, name)) for name in self.classes]
+            self.left_out += listing.others
+            self.classes = [os.path.basename(folder) for folder in listing.folders]
+            found = [find_images(folder, self.left_out) for folder in listing.folders]
         if not any(found):
-            raise FileNotFoundError(f"no image in {root}/<class>/ (files called {', '.join(IMG_EXTENSIONS)})")
+            told = f"no image in {root}/<class>/; put JPEG, PNG or other images there"
+            raise FileNotFoundError(told + tell_left_out(self.left_out))
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])  # (N,)
         # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
         self._paths = np.array([os.fsencode(path) for paths in found for path in paths])  # (N,) bytes
@@ -105,8 +119,26 @@ class IndexedFolder(Dataset):
         """A number that is most likely another one for other images: of their names below the root, in order."""
         return zlib.crc32(b"\0".join(self._paths.tolist()).replace(os.fsencode(self.root) + b"/", b""))
 
-    def remark(self) -> str:
-        """How labels come from folders that one may have meant otherwise; empty where images lie in class folders."""
+    def remarks(self) -> list[str]:
+        """Lines for the log on what may have been meant otherwise: files, folders and values of pixels."""
+        lines = [f"data: left out of {self.root}: {in_words(self.left_out)}"] if self.left_out else []
+        return lines + [f"note: {note}" for note in (self._note_on_folders(), self._note_on_bits()) if note]
+
+    def _note_on_bits(self) -> str:
+        """Whether the images use a small part of their 16 bits, as far as some of them show."""
+        looked = np.unique(np.linspace(0, len(self) - 1, 32).astype(int))
+        with suppress(UnreadableImageError):  # training tells
+            bits = bits_used(self.path(0)) and max(bits_used(self.path(i)) for i in looked)
+            if 0 < bits < 15:
+                return (
+                    f"images of {self.root} use {bits} of their 16 bits ({len(looked)} looked at), so that the network sees "
+                    f"about {max(1, 2 ** (bits - 8))} of 256 levels; multiply the values of all images by {2 ** (16 - bits)}, "
+                    f"with ImageMagick: mogrify -evaluate multiply {2 ** (16 - bits)} FILE .."
+                )
+        return ""
+
+    def _note_on_folders(self) -> str:
+        """How labels come from folders that one may have meant otherwise."""
         depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
         if not self.classes and depth.max() > 1:
             return f"images lie in {self.root} itself: those in the folders below it are one set with them, without labels"
@@ -175,14 +207,44 @@ def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
     return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
+class MiddleOfThin:
+    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
+
+    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
+    """
+
+    def __init__(self, side: int, size: int) -> None:
+        self.side, self.size = side, size
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image, or (3, H, W) uint8."""
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        if max(height, width) <= 16 * min(height, width):
+            return image
+        if isinstance(image, Tensor):
+            return pil_to_tensor(self(to_pil_image(image)))
+        if height > width:
+            return self(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
+        scaled = int(self.side * width / height)  # as Resize rounds
+        first = round((scaled - self.size) / 2) - round((self.side - self.size) / 2)
+        left, right = (place * width / scaled for place in (first, first + self.side))
+        # Pillow takes the box as 32-bit floats, so count from nearby; its filter reads a little beyond it.
+        margin = 2 + height // self.side
+        start, end = max(0, int(left) - margin), min(width, int(right) + margin)
+        box = (left - start, 0, right - start, height)
+        return image.crop((start, 0, end, height)).resize((self.side, self.side), Image.Resampling.BILINEAR, box)
+
+
 def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
     """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
 
     With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
     """
+    side = round(size * 8 / 7)
     if tensors:
-        return v2.Compose([v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)])
-    return transforms.Compose([transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), transforms.PILToTensor()])
+        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
+    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
+    return transforms.Compose([*crop, transforms.PILToTensor()])
 
 
 def normalize(images: Tensor) -> Tensor:
