@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
@@ -237,7 +236,7 @@ def share_of_labels(labels: np.ndarray, percent: float, seed: int) -> np.ndarray
 
 def train_head(
     backbone: nn.Module,
-    head: DistributedDataParallel,
+    head: nn.Module,
     loader: DataLoader,
     labels: Tensor,
     optimizer: torch.optim.Optimizer,

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
@@ -265,9 +264,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
         draw_pictures(args.exp_dir)
 
 
-def go_on(
-    model: DistributedDataParallel, optimizer: torch.optim.Optimizer, device: torch.device, args: argparse.Namespace
-) -> Begun:
+def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, args: argparse.Namespace) -> Begun:
     """Load the checkpoint to go on from, if there is one; what is done of its epoch."""
     begun = Begun(args.start_epoch)
     if args.automatic:  # another run may have been about to end when the command line was checked
@@ -356,7 +353,7 @@ def look_in_warm_up(model: MoCo, loader: DataLoader, epoch: int, args: argparse.
 
 
 def m_step(
-    model: DistributedDataParallel,
+    model: nn.Module,
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
     begun: Begun,
@@ -462,7 +459,7 @@ def make_model(args: argparse.Namespace) -> MoCo:
 
 
 def save(
-    model: DistributedDataParallel,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     begun: Begun,
     args: argparse.Namespace,

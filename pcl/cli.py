@@ -27,6 +27,7 @@ from pcl.distributed import (
     launch,
     launched_outside,
     local_processes,
+    own_processes,
     reason_of,
     same_on_all,
     total_processes,
@@ -114,11 +115,13 @@ def add_launch_arguments(parser: Parser) -> None:
     group.add_argument("--world-size", type=integer(1, MOST_NODES), default=1, metavar="N", help="number of nodes (machines)")
     group.add_argument("--rank", type=natural, default=0, metavar="N", help="number of this node, from 0")
     group.add_argument("--dist-url", metavar="URL",
-                       help="tcp://HOST:PORT of node 0, the same on every node; one node finds a free port")
+                       help="tcp://HOST:PORT of node 0, the same on every node; one node needs none")
     group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
     group.add_argument("--dist-timeout", type=seconds, default=1800.0, metavar="SECONDS",
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
+    # What torch.distributed.launch adds; it sets LOCAL_RANK too.
+    group.add_argument("--local-rank", "--local_rank", type=natural, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group.add_argument("--seed", type=seed, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
     # fmt: on
@@ -223,24 +226,39 @@ def check_image_size(parser: Parser, args: argparse.Namespace, images: int, rows
 def check_launch(parser: Parser, args: argparse.Namespace) -> None:
     """Stop on options that name processes or machines that cannot be; note whether a seed asks for a run that repeats."""
     args.deterministic = args.seed is not None
-    gpus = torch.cuda.device_count()
+    wrong_address = f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0"
+    if args.dist_url and args.dist_url != "env://" and not is_address(args.dist_url):  # env:// is a launcher's address
+        parser.error(wrong_address)
+    try:
+        outside = launched_outside(args)
+    except RunError as error:
+        parser.error(str(error))
+    gpus, nproc = torch.cuda.device_count(), own_processes(args)
+    if outside and outside.is_task and outside.local_world == 1 and nproc > 1:
+        # srun has started one task on each node, and the task starts the node's processes.
+        args.rank, args.world_size, args.dist_url = outside.rank, outside.world, f"tcp://{outside.host}:{outside.port}"
+        outside = None
     if args.gpu is not None and args.gpu >= gpus:
         parser.error(f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is")
     if args.gpu is not None and (args.nproc or 1) > 1:
         parser.error(f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}")
-    if gpus and local_processes(args) > gpus:
-        remedy = "start fewer, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use the CPU"
-        parser.error(f"--nproc: {local_processes(args)} processes for {gpus} GPUs; {remedy}")
-    if launched_outside():
+    if outside:
         if args.nproc is not None or args.gpu is not None:
             parser.error("--nproc and --gpu: the launcher that started this process decides that; leave them out")
         return
+    if getattr(args, "local_rank", 0):
+        parser.error(
+            f"--local-rank {args.local_rank}: a launcher sets LOCAL_RANK, RANK and WORLD_SIZE too; start with torchrun"
+        )
+    if gpus and nproc > gpus and args.dist_backend == "nccl":
+        remedy = "start fewer, give --dist-backend gloo, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use the CPU"
+        parser.error(f"--nproc: {nproc} processes for {gpus} GPUs; {remedy}")
     if args.rank >= args.world_size:
         parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
     if args.world_size > 1 and not args.dist_url:
         parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
-    if args.dist_url and not is_address(args.dist_url):
-        parser.error(f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0")
+    if args.dist_url == "env://":
+        parser.error(wrong_address)
 
 
 def is_address(url: str) -> bool:
@@ -326,9 +344,10 @@ def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: Ind
         return list(folders)
     paths = [images.path(i) for images in folders for i in range(len(images))]
     # Under an outside launcher each process of a node is here.
-    threads = max(1, available_cores() // (local_processes(args) if launched_outside() else 1))
+    outside = launched_outside(args)
+    threads = max(1, available_cores() // (outside.local_world if outside else 1))
     reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
-    tells = args.rank == 0 and os.environ.get("RANK", "0") == "0"  # there is no group yet to know the main process
+    tells = (outside or args).rank == 0  # there is no group yet to know the main process
     reasons = track(reading, "reading every image", len(paths)) if tells else reading
     try:
         args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}

@@ -176,7 +176,9 @@ def nearest_neighbours(
     return torch.from_numpy(product), torch.from_numpy(row)
 
 
-def one_by_one(function: Callable[[Any], Any], jobs: Sequence[Any], cost: Sequence[float]) -> list[Any]:
+def one_by_one(
+    function: Callable[[Any], Sequence[Tensor]], jobs: Sequence[Any], cost: Sequence[float]
+) -> list[Sequence[Tensor]]:
     """Every job in this process; the stand-in for `pcl.distributed.shared_map`."""
     return [function(job) for job in jobs]
 
@@ -196,8 +198,8 @@ def cluster_all(
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
-        share: `share(function, jobs, cost)` gives the list of function(job); `pcl.distributed.shared_map` spreads the
-            jobs over the ranks, with the same result.
+        share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job;
+            `pcl.distributed.shared_map` spreads the jobs over the ranks, with the same result.
         algorithm: as for `kmeans`.
 
     Returns:
@@ -214,13 +216,24 @@ def cluster_all(
     device, points = features.device, _points(features)
 
     jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
-    runs = share(lambda job: kmeans(points, job[0], job[1], job[2], device, algorithm), jobs, [k for k, _, _ in jobs])
-    best = [
-        min(runs[at : at + RESTARTS], key=lambda run: run[0])[1]  # of equal ones the first, as in faiss
-        for at in range(0, len(runs), RESTARTS)
-    ]
-    described = share(lambda centroids: describe(points, centroids, temperature, device), best, num_clusters)
-    return [clustering.to(device) for clustering in described]
+    cost = [k for k, _, _ in jobs]
+    centroids: dict[tuple[int, int, int], np.ndarray] = {}  # of the jobs that this process has done
+
+    def run(job: tuple[int, int, int]) -> tuple[Tensor]:
+        objective, centroids[job] = kmeans(points, *job, device, algorithm)
+        return (torch.tensor(objective, dtype=torch.float64),)
+
+    objectives = torch.stack([objective for (objective,) in share(run, jobs, cost)]).view(-1, RESTARTS)
+    best = [jobs[g * RESTARTS + restart] for g, restart in enumerate(objectives.argmin(1).tolist())]  # the first, as in faiss
+
+    def measure(job: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        if job not in best:
+            return ()
+        found = describe(points, centroids[job], temperature, device)
+        return found.im2cluster, found.prototypes, found.concentration
+
+    # Jobs of the same cost are done where they were before: the centroids need not travel.
+    return [Clustering(*found).to(device) for found in share(measure, jobs, cost) if len(found)]
 
 
 def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:

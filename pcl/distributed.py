@@ -5,7 +5,9 @@ Letters: W ranks, N images. Without a group everything answers for a single proc
 
 from __future__ import annotations
 
+import errno
 import heapq
+import io
 import os
 import random
 import re
@@ -17,6 +19,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -37,6 +40,9 @@ from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
 _patient_group: Any = None
 _watch: Watch | None = None
 LEAVE = 10.0  # seconds that processes have to end by themselves after one that has failed
+# Of the allocators of torch, faiss, cuBLAS, cuDNN, NCCL and C++.
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+OWN_FAULT_OF_NCCL = re.compile(r"ncclUnhandledCudaError|ncclInvalid|ncclInternalError|shared memory segment")
 
 
 class RunError(Exception):
@@ -55,28 +61,120 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def launched_outside() -> bool:
-    """Whether a launcher such as torchrun has started this process as one of several."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+# What a launcher says of each process: rank, W, rank on its node, processes of its node.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # srun: a batch script alone has no such number of tasks
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # the mpiexec of MPICH and Intel MPI
+)
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of this process among all that train together."""
+
+    rank: int
+    world: int  # W
+    local_rank: int
+    local_world: int  # processes of this node
+    host: str  # where the store is
+    port: int
+    one_node: bool
+    hosted: bool  # the store is in the launcher's process, not in rank 0's
+    is_task: bool = False  # of SLURM or MPI; the only one of a node may stand for the node
+
+
+def launched_outside(args: Namespace) -> Place | None:
+    """The place that an outside launcher such as torchrun, srun or mpirun has given to this process; None if there is none.
+
+    Reads `args.world_size` (nodes that are named by hand need no launcher) and `dist_url`.
+
+    Raises:
+        RunError: other processes are meant, but a variable that says how to join them is missing or wrong.
+    """
+    told = [name for name in LAUNCHERS[0][:3] if os.environ.get(name)]
+    others = [names for names in LAUNCHERS[1:] if (_number_of(names[1]) or 1) > 1 or _number_of(names[0])]
+    if len(told) < 3 and (args.world_size > 1 or not (told or others)):
+        return None
+    names = others[0] if others and len(told) < 3 else LAUNCHERS[0]
+    rank, world, local_rank, local_world = map(_number_of, names)
+    for number, name, total, of in ((rank, names[0], world, names[1]), (local_rank, names[2], local_world, names[3])):
+        if number is not None and total is not None and number >= total:
+            raise RunError(f"{name}={number} must be less than {of}={total}; mend what sets them")
+    if world == 1 and len(told) < 3:
+        return None  # half a word, but of nobody else
+    if rank is None or world is None or local_rank is None:
+        raise _missing(next(name for name in names if not os.environ.get(name)))
+    host, port = os.environ.get("MASTER_ADDR"), _number_of("MASTER_PORT")
+    if args.dist_url:
+        url = urlsplit(args.dist_url)
+        host, port = host or url.hostname, port or url.port
+    if names[0] == "SLURM_PROCID":
+        hosts = _hosts(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "")
+        if not hosts:
+            raise _missing("SLURM_NODELIST")
+        if world % len(hosts):
+            raise RunError(f"{names[1]}={world}: SLURM's {len(hosts)} nodes must have as many tasks each (--ntasks-per-node)")
+        local_world, host = world // len(hosts), host or (hosts[0] if len(hosts) > 1 else LOOPBACK)
+        # The same for all of a step, and most likely another one for another step or job.
+        port = port or 10000 + sum(_number_of(name, 2**63) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) % 20000
+    if world > 1 and not (host and port):
+        raise _missing("MASTER_PORT" if host else "MASTER_ADDR")
+    one_node = local_world == world or host in (LOOPBACK, "localhost")
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Place(rank, world, local_rank, local_world or world, host or "", port or 0, one_node, hosted, names in others)
+
+
+def _number_of(variable: str, limit: int = 2**16) -> int | None:
+    text = os.environ.get(variable, "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < limit):
+        raise RunError(f"{variable}={text} is not a number from 0 to {limit - 1}; mend what sets it, or unset it")
+    return int(text) if text else None
+
+
+def _missing(variable: str) -> RunError:
+    return RunError(
+        f"{variable} is not set, but other variables say that a launcher has started this as one of several processes; "
+        "set it too, as torchrun does, or unset those to train alone"
+    )
+
+
+def _hosts(nodes: str) -> list[str]:
+    """SLURM's list of nodes: "a[01-02,5],b" -> a01, a02, a5, b."""
+    hosts = []
+    for head, numbers, tail in re.findall(r"([^,\[]+)(?:\[((?:\d+(?:-\d+)?,?)+)\])?([^,]*)", nodes):
+        for part in numbers.split(","):
+            first, _, last = part.partition("-")
+            width = len(first)
+            these = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)] if last else [first]
+            hosts += [head + number + tail for number in these]
+    return hosts
+
+
+def own_processes(args: Namespace) -> int:
+    """Number of training processes that this one starts where no launcher did: as many as GPUs, if it is not told."""
+    return args.nproc or (1 if args.gpu is not None else max(1, torch.cuda.device_count()))
 
 
 def local_processes(args: Namespace) -> int:
     """Number of training processes on this machine."""
-    if launched_outside():
-        return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    return args.nproc or (1 if args.gpu is not None else max(1, torch.cuda.device_count()))
+    outside = launched_outside(args)
+    return outside.local_world if outside else own_processes(args)
 
 
 def total_processes(args: Namespace) -> int:
     """W, the number of training processes on all machines."""
-    return int(os.environ["WORLD_SIZE"]) if launched_outside() else args.world_size * local_processes(args)
+    outside = launched_outside(args)
+    return outside.world if outside else args.world_size * own_processes(args)
 
 
 def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -> None:
     """Run `worker(device, args)` in every process of the group, each with its rank, device and seed set.
 
-    One process runs here; several are spawned, and end with this one; under an outside launcher this process joins the
-    others.
+    One process runs here, without a group; several are spawned, and end with this one; under an outside launcher this
+    process joins the others.
 
     Reads `args.nproc`, `gpu`, `world_size`, `rank`, `dist_url`, `dist_backend`, `dist_timeout` (seconds), `seed` (None: drawn
     at random) and `deterministic` (on a GPU: slower algorithms that repeat to the bit).
@@ -86,18 +184,20 @@ def launch(worker: Callable[[torch.device, Namespace], None], args: Namespace) -
             processes, the one that raised has told.
         SystemExit: of code PREEMPTED or INTERRUPTED after a signal that asked to stop, of 1 after an error that was told.
     """
-    nproc = local_processes(args)
-    if launched_outside():
-        args.dist_url = "env://"
+    nproc, outside = own_processes(args), launched_outside(args)
+    if outside:
         # Under torchrun the launcher is its agent; one that was started by hand may outlive its shell.
         agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        _join(int(os.environ["LOCAL_RANK"]), worker, args, nproc, agent)
-        return
-    args.dist_url = args.dist_url or f"tcp://127.0.0.1:{_free_port()}"
-    if nproc == 1:
+        _join(outside.local_rank, worker, args, outside.local_world, agent)
+    elif nproc == 1:
         _join(0, worker, args, nproc)
-    else:
+    elif args.world_size > 1:
         _spawn(worker, args, nproc)
+    else:  # no other machine takes part, and none can reach the store
+        store = _serve(LOOPBACK, 0, args.dist_timeout)
+        args.dist_url = f"tcp://{LOOPBACK}:{store.port}"
+        _spawn(worker, args, nproc)
+        del store
 
 
 def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
@@ -186,7 +286,7 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
             worker(torch.device(_device(local_rank, args)), args)
             wait_for_main()
         except Exception as error:
-            lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+            lost = _is_lost(error)
             if lost or (_watch.asked and not isinstance(error, FORESEEN)):
                 _watch.wait_for_reason()
             told = _with_remedy(error, lost)
@@ -195,81 +295,155 @@ def _join(local_rank: int, worker: Callable, args: Namespace, nproc: int, launch
             if told is error:
                 raise
             raise told from None
-    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
+    if get_world_size() > 1:
+        dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that wait for this one
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether another process did not answer, and the error tells of no cause here."""
+    text = str(error)
+    if OUT_OF_MEMORY.search(text) or OWN_FAULT_OF_NCCL.search(text):
+        return False
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
 
 
 def _with_remedy(error: Exception, lost: bool) -> Exception:
     """The error, or what a user can make of it; `lost`: another process did not answer."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, RunError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    last_of_nccl = re.search(r"Last error:\s*(.+)", text)
+    line = last_of_nccl[1] if last_of_nccl else text.splitlines()[0]
     if lost:
-        return RunError(f"another process did not answer, and nothing is known of its end ({text}); does one hang?")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
-        return RunError(f"out of memory: lower --batch-size or --image-size ({text})")
+        return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return RunError(f"out of memory: lower --batch-size or --image-size ({line})")
     if "DataLoader worker (pid" in text:
-        return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({text})")
+        return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({line})")
+    if OWN_FAULT_OF_NCCL.search(text):
+        return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO tells more, and --dist-backend gloo does without it")
     return error
 
 
 def _device(local_rank: int, args: Namespace) -> str:
-    return f"cuda:{local_rank if args.gpu is None else args.gpu}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    # Some launchers show each process its own GPU alone; by gloo several may share one.
+    return f"cuda:{(local_rank if args.gpu is None else args.gpu) % torch.cuda.device_count()}"
 
 
 def _join_group(local_rank: int, args: Namespace, nproc: int) -> None:
+    """Make this process one of the group, with its device and its seed; a single one needs no group."""
     global _patient_group
-    rank, world = args.rank * nproc + local_rank, total_processes(args)
-    if launched_outside():
-        rank = int(os.environ["RANK"])
+    url = urlsplit(args.dist_url or "")
+    rank, world = args.rank * nproc + local_rank, args.world_size * nproc
+    one_node = args.world_size == 1
+    here = Place(rank, world, local_rank, nproc, url.hostname or "", url.port or 0, one_node, hosted=one_node)
+    here = launched_outside(args) or here
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_device(local_rank, args))
     if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cores() // nproc))
-    # Numbers on the CPU (seeds, figures of the log) travel by gloo, also where tensors on GPUs travel by NCCL.
-    backend = "cpu:gloo,cuda:nccl" if on_gpu and args.dist_backend == "nccl" else "gloo"
-    timeout = timedelta(seconds=args.dist_timeout)
-    store, address = _meet(args, rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    assert _watch
-    _watch.join(_patient_group, address, node=int(os.environ.get("GROUP_RANK", args.rank)))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
-    chosen = [random.SystemRandom().randrange(2**31) if args.seed is None else args.seed]
-    dist.broadcast_object_list(chosen, group=_patient_group)
-    args.seed = chosen[0]
-    seed_everything(args.seed + rank)  # a spawned process does not inherit its parent's seed
+    chosen = torch.tensor(random.SystemRandom().randrange(2**31) if args.seed is None else args.seed)
+    if here.world > 1:
+        if here.one_node:
+            loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+            os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+        store, prefix = _meet(args, here)
+        # Numbers on the CPU (seeds, figures of the log) travel by gloo, also where tensors on GPUs travel by NCCL.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu and args.dist_backend == "nccl" else "gloo"
+        timeout = timedelta(seconds=args.dist_timeout)
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=timeout)
+        _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        assert _watch
+        _watch.join(_patient_group, (here.host, here.port), prefix, node=here.rank // here.local_world)
+        dist.broadcast(chosen, 0, group=_patient_group)
+    args.seed = int(chosen)
+    seed_everything(args.seed + here.rank)  # a spawned process does not inherit its parent's seed
 
 
-def _meet(args: Namespace, rank: int, world: int) -> tuple[dist.Store, tuple[str, int]]:
-    """The store by which the processes find each other, and its address.
+def _serve(host: str, port: int, patience: float) -> dist.TCPStore:
+    """A store in this process; on all interfaces, unless the host is this machine alone.
 
     Raises:
-        RunError: the port is in use, or not all came in time.
+        RunError: there is no loopback interface.
+        OSError, dist.DistError: the port is in use, among others.
     """
-    if launched_outside():
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    else:
-        url = urlsplit(args.dist_url)
-        host, port = str(url.hostname), int(url.port or 0)
-    end = time.monotonic() + args.dist_timeout
+    listener = None
+    if host in (LOOPBACK, "localhost"):
+        server = socket.create_server((LOOPBACK, port))
+        port = server.getsockname()[1]
+        try:
+            socket.create_connection((LOOPBACK, port), timeout=5).close()
+        except OSError as error:
+            remedy = "switch it on (ip link set lo up), or train with --nproc 1"
+            raise RunError(f"the loopback interface does not work ({error.strerror or error}); {remedy}") from None
+        listener = server.detach()
+    patient = timedelta(seconds=patience)
+    return dist.TCPStore(
+        host, port, is_master=True, timeout=patient, wait_for_workers=False, multi_tenant=False, master_listen_fd=listener
+    )
+
+
+def _meet(args: Namespace, here: Place) -> tuple[dist.Store, str]:
+    """The store by which the processes find each other, once all are here, and the prefix of its keys.
+
+    Raises:
+        RunError: the port is in use, not all came in time, or they do not fit together.
+    """
+    where, end = f"--dist-url tcp://{here.host}:{here.port}", time.monotonic() + args.dist_timeout
+    serves, in_time = here.rank == 0 and not here.hosted, f"within {args.dist_timeout:g} s (--dist-timeout)"
     try:
-        if rank > 0:
-            _wait_for_server(host, port, end)  # torch's own waiting fills pages with warnings
-        left = timedelta(seconds=max(1.0, end - time.monotonic()))
-        return next(dist.rendezvous(args.dist_url, rank, world, timeout=left))[0], (host, port)
+        if serves:
+            store = _serve(here.host, here.port, args.dist_timeout)
+        else:
+            _wait_for_server(here.host, here.port, end)  # torch's own waiting fills pages with warnings
+            left = timedelta(seconds=max(1.0, end - time.monotonic()))
+            store = dist.TCPStore(here.host, here.port, is_master=False, timeout=left, wait_for_workers=False)
+        # The store of an outside launcher may hold the words of processes that it started before. Nobody had this process's
+        # ticket before, and only a rank 0 that is here now tells it the prefix.
+        ticket = store.add("ticket", 1)
+        if here.rank > 0:
+            ticket = int(_wait_for_word(store, f"attempt/{ticket}", end))
+        prefix = f"attempt{ticket}"
+        words = dist.PrefixStore(prefix, store)
+        plan = f"{here.world} processes, {here.local_world} on each node"
+        if (other := words.compare_set("plan", "", plan).decode()) != plan:
+            words.set("verdict", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
+        elif words.add(f"process/{here.rank}", 1) > 1:
+            words.set("verdict", f"two processes are number {here.rank} of {here.world}; give each node its own --rank")
+        came, answered = words.add("came", 1), 0
+        while here.rank == 0 and not words.check(["verdict"]):
+            latest = store.add("ticket", 0)
+            for asked in range(answered + 1, latest + 1):
+                store.set(f"attempt/{asked}", str(ticket))
+            answered = latest
+            if (came := words.add("came", 0)) >= here.world:
+                words.set("verdict", "")
+            elif time.monotonic() > end:
+                remedy = f"start every node with this URL and --world-size {args.world_size}"
+                words.set("verdict", f"{came} of {here.world} processes came {in_time}; {remedy}")
+            time.sleep(0.05)
+        if verdict := _wait_for_word(words, "verdict", end):
+            raise RunError(f"{where}: {verdict}")
+        return words, prefix
     except (OSError, dist.DistError) as error:
-        where, seconds = f"--dist-url tcp://{host}:{port}", f"within {args.dist_timeout:g} s (--dist-timeout)"
-        if "EADDRINUSE" in str(error):
+        if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise RunError(f"{where}: the port is in use; name another one") from None
-        if rank > 0:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{where}: process 0 did not answer {seconds}: {reason}; is node 0 running, and is it there?"
-            ) from None
-        joined = re.search(r"(\d+)/\d+ clients joined", str(error))
-        came = f"{joined[1]} of {world} processes came" if joined else str(error).splitlines()[0]
-        raise RunError(
-            f"{where}: {came} {seconds}; start every node with this URL and --world-size {args.world_size}"
-        ) from None
+        reason = reason_of(error).splitlines()[0]
+        if serves:
+            raise RunError(f"{where}: processes cannot meet there: {reason}") from None
+        raise RunError(f"{where}: process 0 did not answer {in_time}: {reason}; is node 0 running, and is it there?") from None
+
+
+def _wait_for_word(store: dist.Store, key: str, end: float) -> str:
+    while not store.check([key]):
+        if time.monotonic() > end:
+            raise TimeoutError("timed out")
+        time.sleep(0.05)
+    return store.get(key).decode()
 
 
 def _wait_for_server(host: str, port: int, end: float) -> None:
@@ -283,8 +457,21 @@ def _wait_for_server(host: str, port: int, end: float) -> None:
             time.sleep(0.2)
 
 
-def parallel(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+class _Alone(torch.nn.Module):
+    """What DistributedDataParallel is to several processes, with the same names in its state."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+
+def parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """DistributedDataParallel; of several processes on the CPU, a step's gradients do not depend on the steps before it."""
+    if get_world_size() == 1:
+        return _Alone(module)
     wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
     if device.type == "cpu" and get_world_size() > 2:
         # From its second step on it sends gradients in another order, in which gloo adds the ranks in another order.
@@ -306,7 +493,7 @@ def guarded() -> Any:
 
 def should_stop() -> bool:
     """`pcl.watch.Watch.should_stop`: asked after each step, by all."""
-    return _watch.should_stop() if _watch and dist.is_initialized() else False
+    return _watch.should_stop() if _watch else False
 
 
 def leave_if_asked() -> None:
@@ -410,28 +597,39 @@ def mean_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def shared_map(
-    function: Callable[[Any], Any],
+    function: Callable[[Any], Sequence[Tensor]],
     jobs: Sequence[Any],
     cost: Sequence[float],
     track: Callable[[list[int]], Iterable[int]] = iter,
-) -> list[Any]:
+) -> list[Sequence[Tensor]]:
     """`[function(job) for job in jobs]`, each job done by one rank and its result sent to all.
 
     Args:
-        function: must not use a collective; its results must pickle.
+        function: gives tensors on the CPU; must not use a collective.
         jobs: the same on every rank.
-        cost: the expected work of each, in any unit, by which they are dealt out.
+        cost: the expected work of each, in any unit, by which they are dealt out: equal costs, equal ranks.
         track: is given the numbers of this rank's jobs and gives them back one by one, to show how far it is.
     """
     owner = deal(cost, get_world_size())
     mine = {j: function(jobs[j]) for j in track([j for j, rank in enumerate(owner) if rank == get_rank()])}
-    results = []
-    for j in range(len(jobs)):
-        box = [mine.get(j)]
-        if get_world_size() > 1:
-            dist.broadcast_object_list(box, src=owner[j], group=_patient_group)
-        results.append(box[0])
-    return results
+    if not dist.is_initialized():
+        return [mine[j] for j in range(len(jobs))]
+    return [_sent_to_all(mine.get(j, ()), owner[j]) for j in range(len(jobs))]
+
+
+def _sent_to_all(tensors: Sequence[Tensor], source: int) -> list[Tensor]:
+    """The tensors of the rank `source`, in NumPy's file format: shapes and dtypes travel too, and nothing is unpickled."""
+    file = io.BytesIO()
+    np.savez(file, *tensors)
+    device = "cuda" if dist.get_backend(_patient_group) == "nccl" else "cpu"  # a group that somebody else has made
+    size = torch.tensor(len(file.getvalue()), device=device)
+    dist.broadcast(size, source, group=_patient_group)
+    content = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if get_rank() == source:
+        content.copy_(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+    dist.broadcast(content, source, group=_patient_group)
+    with np.load(io.BytesIO(content.cpu().numpy().tobytes()), allow_pickle=False) as arrays:
+        return [torch.from_numpy(arrays[name]) for name in arrays.files]
 
 
 def deal(cost: Sequence[float], world: int) -> list[int]:
@@ -442,9 +640,3 @@ def deal(cost: Sequence[float], world: int) -> list[int]:
         work, owner[job] = heapq.heappop(load)
         heapq.heappush(load, (work + cost[job], owner[job]))
     return owner
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

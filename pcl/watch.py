@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -79,19 +78,17 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def join(self, group: dist.ProcessGroup, address: tuple[str, int], node: int) -> None:
+    def join(self, group: dist.ProcessGroup, address: tuple[str, int], prefix: str, node: int) -> None:
         """Look after the other processes too.
 
         Args:
             group: all processes, connected by gloo.
             address: host and port of its store.
+            prefix: of the keys of this group in the store.
             node: number of this machine.
         """
-        self._group, self._node, self._address = group, node, address
+        self._group, self._node, self._address, self._prefix = group, node, address, f"{prefix}/watch"
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        prefix = [uuid.uuid4().hex]  # an outside launcher's store may hold the words of processes that it has started before
-        dist.broadcast_object_list(prefix, group=group)
-        self._prefix = f"watch/{prefix[0]}"
         store = self._connect()
         store.set(f"beat/{self._rank}", "0")
         dist.barrier(group)  # from here on everybody has a beat
@@ -112,14 +109,15 @@ class Watch:
         The question of one step is answered at the next, so that nobody waits.
         """
         stop = self.forget_question()
-        flag = torch.tensor(int(self.asked))
-        self._question = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True))
+        if self._group:
+            flag = torch.tensor(int(self.asked))
+            self._question = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True))
         return stop
 
     def forget_question(self) -> bool:
         """The answer to the last step's question, if there is one; after the last step of an epoch nobody else asks."""
         if self._question is None:
-            return False
+            return bool(self.asked) and not self._group  # a single process knows by itself
         flag, work = self._question
         work.wait()
         self._question = None
@@ -191,11 +189,14 @@ class Watch:
                 for number in os.read(self._inbox, 100):
                     if number in self._before:  # the pipe gets those of other handlers too
                         self._ask(number)
-            if self._launcher and os.getppid() != self._launcher and not self.asked:
+            if self._is_orphan() and not self.asked:
                 self._ask(signal.SIGHUP)
             if self._heard and time.monotonic() - self._heard > self._silence:
                 self._end(STORE_IS_GONE, tell=True)
             self._leave_if_due()
+
+    def _is_orphan(self) -> bool:
+        return bool(self._launcher) and os.getppid() != self._launcher
 
     def _ask(self, number: int) -> None:
         if number == signal.SIGHUP:  # the terminal is gone: what is still printed must not fail
@@ -211,7 +212,7 @@ class Watch:
             self._asked_at, self.asked = time.monotonic(), number
 
     def _talk(self) -> None:
-        """Tell and hear, once a second, through the store, which is rank 0's or the outside launcher's."""
+        """Tell and hear, once a second, through the store, which is rank 0's or a launcher's."""
         beat = 0
         while not self._end_of_talk.wait(1):
             beat += 1
@@ -220,7 +221,8 @@ class Watch:
                 self._exchange(self._store, beat)
                 self._heard = time.monotonic()
             except ConnectionRefusedError:  # its process has ended
-                self._end(STORE_IS_GONE, tell=True)
+                if not (self.asked or self._is_orphan()):  # else this one saves, and leaves by itself
+                    self._end(STORE_IS_GONE, tell=True)
             except (RuntimeError, OSError):  # of many kinds, such as a pause of the network
                 self._store = None
 
