@@ -16,6 +16,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.builder import extract_features
-from pcl.distributed import RunError, get_rank, is_main, parallel, seed_everything, total_processes
+from pcl.distributed import RunError, get_rank, is_main, parallel, seed_everything, total_processes, wait_for_main
 from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, normalize, share_of_rank
 from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
 from pcl.metrics import topk_accuracy
@@ -83,33 +84,42 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
     check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
-    folder, automatic = RESULTS / args.id, args.resume == "auto"
-    for place in (folder, RESULTS / f"{args.id}_tensorboard"):
+    for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):
         cli.check_folder(parser, f"--id {args.id}", place)
     cli.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
-    if args.evaluate and not args.resume:
-        parser.error("--evaluate: name the finished probe with --resume")
-    if automatic:
-        args.resume = str(folder / LAST) if (folder / LAST).exists() else ""
     try:
         state = open_probe(args, train.classes).state
-    except checkpoint.CheckpointError as error:
+        check_other_run(args)
+    except RunError as error:
         parser.error(str(error))
+    if args.evaluate and not state:
+        parser.error("--evaluate: name the finished probe with --resume")
     if state:
-        args.evaluate |= automatic and state["epoch"] >= args.epochs  # nothing else is left to do
+        args.evaluate |= args.resume == "auto" and state["epoch"] >= args.epochs  # nothing else is left to do
         if state["epoch"] >= args.epochs and not args.evaluate:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
         if args.seed is None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    goes_on = state is not None and Path(args.resume).resolve() == (folder / LAST).resolve()
-    if not (automatic or args.evaluate or goes_on) and folder.is_dir() and any(folder.iterdir()):
-        parser.error(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
     if args.evaluate:
         cli.leave_out_unreadable(parser, args, val)
     else:
-        check_numbers(parser, args, *cli.leave_out_unreadable(parser, args, train, val))
+        train, val = cli.leave_out_unreadable(parser, args, train, val)
+        check_numbers(parser, args, train, val)
+        args.files, args.processes = cli.describe_files(train, val), total_processes(args)
+
+
+def check_other_run(args: argparse.Namespace) -> None:
+    """Asked before anything is written, and again as soon as no other run can write.
+
+    Raises:
+        RunError: the folder holds a run that is not to be gone on with.
+    """
+    folder = RESULTS / args.id
+    goes_on = args.resume and (args.resume == "auto" or Path(args.resume).resolve() == (folder / LAST).resolve())
+    if not (goes_on or args.evaluate) and folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
+        raise RunError(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
 
 
 def check_numbers(parser: cli.Parser, args: argparse.Namespace, train: IndexedFolder, val: IndexedFolder) -> None:
@@ -139,7 +149,11 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
     Raises:
         CheckpointError: a file that does not fit the options or the classes.
     """
-    if not args.resume:
+    resume = args.resume
+    if resume == "auto":
+        last = RESULTS / args.id / LAST
+        resume = str(last) if last.exists() else None
+    if not resume:
         backbone, source = cli.open_backbone(args)
         with torch.no_grad():  # of a copy without numbers, which takes no time however large the images are
             size = (
@@ -150,23 +164,26 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
         nn.init.zeros_(head.bias)
         return Probe(backbone, head, source)
     try:
-        network, state = checkpoint.load_probe(args.resume)
+        network, state = checkpoint.load_probe(resume)
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(f"--resume: {error}") from error
     head, network.fc = network.fc, nn.Identity()
     if args.arch not in (None, state["arch"]):
-        raise checkpoint.CheckpointError(f"--resume: {args.resume} holds a {state['arch']}, not a {args.arch}")
+        raise checkpoint.CheckpointError(f"--resume: {resume} holds a {state['arch']}, not a {args.arch}")
     if state["classes"] != classes:
-        raise checkpoint.CheckpointError(f"--resume: {args.resume} was trained on other classes than those of {args.data}")
+        raise checkpoint.CheckpointError(f"--resume: {resume} was trained on other classes than those of {args.data}")
     if args.pretrained:
         given, _ = cli.open_backbone(args)
         if changed := first_difference(network, given.state_dict()):
-            raise checkpoint.CheckpointError(f"--resume: {args.resume} has another backbone than --pretrained, {changed}")
+            raise checkpoint.CheckpointError(f"--resume: {resume} has another backbone than --pretrained, {changed}")
     return Probe(network, head, state["source"], state)
 
 
 def probe(device: torch.device, args: argparse.Namespace) -> None:
     """Train and score, in each process of the group."""
+    if not args.evaluate:
+        record = RunLog(RESULTS / args.id, vars(args), check=partial(check_other_run, args))
+        wait_for_main()  # now no other run writes there
     seed_everything(args.seed)  # random weights are to be the same on every rank
     roots = [(args.data / split).resolve() for split in ("train", "val")]
     train_set = IndexedFolder(roots[0], crop_view(args.image_size), args.seed, skip=args.unreadable)
@@ -174,6 +191,8 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     model = open_probe(args, train_set.classes)
     model.backbone.to(device).requires_grad_(False)
     model.head.to(device)
+    if model.state:
+        cli.note_changes(model.state, {"image_size": str(args.image_size)} if args.evaluate else cli.settings(args))
     batch, workers = cli.batch_and_workers(args)
     log(f"machine: {describe_machine()}")
     cli.note_image_size(args)
@@ -201,9 +220,8 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(head.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     history: list[dict[str, float]] = []
     if model.state:
-        optimizer.load_state_dict(model.state["optimizer"])
+        checkpoint.load_optimizer(optimizer, model.state["optimizer"])
         args.start_epoch, history = model.state["epoch"], model.state["history"]
-    record = RunLog(RESULTS / args.id, vars(args))
     cli.keep_unreadable(RESULTS / args.id, args)
     board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
     untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
@@ -212,7 +230,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
         figures = train_head(model.backbone, head, loader, labels, optimizer, epoch, args, record)
-        if not math.isfinite(figures["train_loss"]):
+        if not (math.isfinite(figures["train_loss"]) and all(value.isfinite().all() for value in head.parameters())):
             raise RunError(
                 f"the loss of epoch {epoch + 1} is not a finite number, at learning rate {figures['lr']:g}; lower --lr"
             )
@@ -301,6 +319,7 @@ def save(
         "history": history,
         "seed": args.seed,
         "deterministic": args.deterministic,
+        "args": cli.settings(args),
     }
     if history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)

@@ -172,22 +172,23 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too")
     cli.check_folder(parser, "--exp-dir", args.exp_dir)
     args.automatic, notes, state = args.resume == "auto", [], None
-    newest = checkpoint.newest(args.exp_dir, notes.append) if args.resume else None
+    with checkpoint.without_numbers():
+        model = make_model(args)
+    if own_batch == 1:
+        check_lone_image(parser, model, args)
     if args.automatic:
-        args.resume = str(newest or "")
-        if notes and not newest:
+        args.resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
+        if notes and not args.resume:
             parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
-    elif args.resume and newest and newest.resolve() != Path(args.resume).resolve():
-        parser.error(
-            f"--resume: --exp-dir {args.exp_dir} holds a newer checkpoint, {newest.name}; move it away, or name another folder"
-        )
-    if args.resume:
-        try:
-            with torch.device("meta"):
-                model = make_model(args)
-            state = checkpoint.load_for_resume(args.resume, model, args.arch, map_location="meta")
-        except checkpoint.CheckpointError as error:
-            parser.error(f"--resume: {error}")
+    try:
+        check_other_run(args)
+        if args.resume:
+            state = checkpoint.load_for_resume(args.resume, model, args.arch)
+    except checkpoint.CheckpointError as error:
+        parser.error(f"--resume: {error}")
+    except RunError as error:
+        parser.error(str(error))
+    if state:
         args.start_epoch = state["epoch"]
         if args.start_epoch >= args.epochs and not args.automatic:
             parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
@@ -195,8 +196,6 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             args.seed, args.deterministic = state["seed"], state["deterministic"]
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    elif not args.automatic and args.exp_dir.is_dir() and [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
-        parser.error(f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it")
     if args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
     for note in notes:  # now that there is no error, which is a line alone
@@ -205,9 +204,37 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         val = val_folder(args)
         images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))
         check_number(parser, args, len(images))
-        args.num_images = len(images)
+        args.num_images, args.files, args.processes = len(images), cli.describe_files(images), cli.total_processes(args)
         if state and not is_whole(state, args):
             parser.error(f"--resume: {args.resume} does not tell what is done of epoch {state['epoch'] + 1}; name another file")
+
+
+def check_lone_image(parser: cli.Parser, model: MoCo, args: argparse.Namespace) -> None:
+    """Stop if BatchNorm would have but one number of a channel to normalize, where a process has one image in a step."""
+    try:
+        model.encoder_q(torch.empty(1, 3, args.image_size, args.image_size, device="meta"))
+    except ValueError:
+        remedy = f"give -b {2 * cli.local_processes(args)} or more, or a larger --image-size"
+        parser.error(f"--batch-size {args.batch_size}: BatchNorm needs more than one image in a process's step; {remedy}")
+
+
+def check_other_run(args: argparse.Namespace) -> None:
+    """Asked before anything is written, and again as soon as no other run can write.
+
+    Raises:
+        RunError: the folder holds a run that is not to be gone on with, or one that has come further than --resume.
+    """
+    if args.automatic:
+        return
+    if not args.resume:
+        if [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
+            raise RunError(
+                f"--exp-dir {args.exp_dir} holds another run; name another folder, or give --resume to go on with it"
+            )
+    elif (newest := checkpoint.newest(args.exp_dir)) and newest.resolve() != Path(args.resume).resolve():
+        raise RunError(
+            f"--resume: --exp-dir {args.exp_dir} holds a newer checkpoint, {newest.name}; move it away, or name another folder"
+        )
 
 
 def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) -> None:
@@ -221,7 +248,7 @@ def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) 
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The EM loop, in each process of the group."""
-    record = RunLog(args.exp_dir, vars(args), args.exp_dir / "tensorboard")
+    record = RunLog(args.exp_dir, vars(args), args.exp_dir / "tensorboard", partial(check_other_run, args))
     wait_for_main()  # now no other run writes there
     on_device = args.augment_on == "device"
     view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
@@ -271,9 +298,10 @@ def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
         args.resume = str(checkpoint.newest(args.exp_dir) or "")
     if args.resume:
         state = checkpoint.load_for_resume(args.resume, model.module, args.arch)
-        model.load_state_dict(state["state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(optimizer, state["optimizer"])
+        cli.note_changes(state, cli.settings(args))
         begun = Begun.of_checkpoint(state, device, args)
+    args.start_epoch, args.start_step = begun.epoch, begun.steps
     if not same_on_all(begun.epoch * 2**32 + begun.steps):
         raise RunError(
             f"the processes go on from different checkpoints; --exp-dir {args.exp_dir} must be one folder for all nodes"
@@ -299,7 +327,12 @@ def e_step(
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
     features, seen = momentum_features(model, loader, epoch, args, label)  # (N, C), or this rank's (n, C)
     if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:  # 1 if all of these unit vectors are the same
-        log("warning: the features of all images are almost the same (collapsed); lower --lr, or see the README's settings")
+        why = (
+            ", and so are the images"
+            if look_alike(loader.dataset)
+            else " (collapsed); lower --lr, or see the README's settings"
+        )
+        log(f"warning: the features of all images are almost the same{why}")
     between = time.monotonic()
     show = partial(track_all, f"{label} k-means")
     if args.kmeans == "sharded":
@@ -331,7 +364,7 @@ def momentum_features(
         share = share_of_rank(num_images)
         features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
     if int(add_over_ranks((~features.sum(dim=1).isfinite()).sum())):
-        raise RunError(f"{label}: features of images are not finite numbers, {remedy(epoch, args)}")
+        raise RunError(f"{label}: features of images are not finite numbers, {remedy(epoch, args, step=1)}")
     if args.kmeans == "sharded":
         return features, share
     return gather_interleaved(features, num_images), range(num_images)
@@ -402,14 +435,25 @@ def m_step(
 def check_loss(meters: Meters, epoch: int, args: argparse.Namespace) -> None:
     """Stop before weights that are not numbers are saved."""
     if is_main() and (step := int(meters.finite_steps) + 1) <= meters.steps:
-        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(epoch, args)}")
+        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(epoch, args, step)}")
 
 
-def remedy(epoch: int, args: argparse.Namespace) -> str:
-    """What to do about numbers that are not finite."""
+def remedy(epoch: int, args: argparse.Namespace, step: int = 0) -> str:
+    """What to do about numbers that are not finite; `step`: in which they appeared, from 1, before the weights changed."""
+    if (epoch, step) == (args.start_epoch, args.start_step + 1):
+        cause = f"the weights in {args.resume}; name another checkpoint" if args.resume else "a small --temperature; raise it"
+        return f"before this run has changed a weight: look for the cause in {cause}"
+    if look_alike(IndexedFolder(args.images, center_view(args.image_size), skip=args.unreadable)):
+        return "since the images are all the same, which leaves BatchNorm nothing to divide by; give other images"
     lr = cli.learning_rate(args, epoch)
     good = checkpoint.newest(args.exp_dir)
     return f"at learning rate {lr:g}; lower --lr, and {f'go on with --resume {good}' if good else 'start again'}"
+
+
+def look_alike(images: IndexedFolder) -> bool:
+    """Whether no pixel differs between sixteen of the images, evenly spread over all."""
+    first, *others = (images[i][0] for i in np.linspace(0, len(images) - 1, 16, dtype=int))
+    return all(torch.equal(first, other) for other in others)
 
 
 def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
@@ -474,7 +518,7 @@ def save(
     done, epoch = begun.state_over_ranks(args), begun.epoch
     if not is_main():
         return
-    if not all(bool(value.isfinite().all()) for value in model.parameters()):
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise RunError(f"weights are not finite numbers after epoch {epoch}, {remedy(epoch - (begun.steps == 0), args)}")
     state = {
         **done,

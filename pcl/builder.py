@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcl.distributed import broadcast, gather, gather_interleaved, get_rank, get_world_size
+from pcl.distributed import RunError, broadcast, gather, gather_interleaved, get_rank, get_world_size
 from pcl.loader import normalize
 
 
@@ -175,9 +175,15 @@ def extract_features(
 
     Returns:
         (N, C) float32 on `device`, in the order of the data set, the same on every rank.
+
+    Raises:
+        RunError: features that are not finite numbers.
     """
     own = len(range(get_rank(), num_images, get_world_size()))
-    return gather_interleaved(extract_share(network, loader, own, device), num_images)
+    features = gather_interleaved(extract_share(network, loader, own, device), num_images)
+    if not features.sum(dim=1).isfinite().all():
+        raise RunError("features of images are not finite numbers: the weights are those of a run that has failed, or damaged")
+    return features
 
 
 @torch.no_grad()

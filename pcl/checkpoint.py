@@ -8,18 +8,20 @@ The backbone of one, as a state dict of torchvision without its fc:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pcl.distributed import FORESEEN, RunError, reason_of
 
@@ -64,17 +66,14 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def newest(folder: Path, tell: Callable[[str], None] = _warn) -> Path | None:
+def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
     """The checkpoint in a run's folder from which least is to be done; None without any.
 
-    One that cannot be opened is passed over, of which `tell` is given a line.
+    One that cannot be opened is passed over, of which `tell` is given a line. Those before the newest numbered one are not
+    opened: a file is read whole to find damage.
     """
     found = []
-    for path in folder.glob(NAMES):
+    for number, path in sorted(_numbered(folder), reverse=True):
         try:
             state = load(path, map_location="meta")
         except CheckpointError as error:
@@ -83,15 +82,23 @@ def newest(folder: Path, tell: Callable[[str], None] = _warn) -> Path | None:
         epoch, steps = state.get("epoch"), state.get("steps", 0)
         if is_count(epoch) and is_count(steps):
             found.append((epoch, steps, path))
+            if number < math.inf:
+                break
     return max(found)[2] if found else None
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove the numbered checkpoints of a run but for the `keep` newest (0: all), and those of each `keep_every`-th epoch."""
-    numbered = sorted((int(match[1]), path) for path in folder.glob(NAMES) if (match := re.search(r"_(\d+)\.pth", path.name)))
+    numbered = sorted((number, path) for number, path in _numbered(folder) if number < math.inf)
     for epoch, path in numbered[:-keep] if keep else []:
         if not keep_every or (epoch + 1) % keep_every:
             path.unlink()
+
+
+def _numbered(folder: Path) -> list[tuple[float, Path]]:
+    """The checkpoints in a run's folder with their numbers; infinity where the name has none."""
+    found = [(re.search(r"_(\d+)\.pth", path.name), path) for path in folder.glob(NAMES)]
+    return [(int(match[1]) if match else math.inf, path) for match, path in found]
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -103,6 +110,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: {'this is a folder; name a file' if Path(path).is_dir() else 'no such file'}")
     try:
+        _check_records(Path(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what looks like a file of another kind, which the error tells too
             state = torch.load(path, map_location=map_location, weights_only=True)
@@ -113,39 +121,53 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     return state
 
 
+def _check_records(path: Path) -> None:
+    """Find damage, which torch does not look for, and records that would need more memory than the file has bytes.
+
+    Raises:
+        ValueError: a record is damaged, compressed or overlaps another one.
+        Exception: of many kinds, what is no whole ZIP archive. A file that does not begin like one (torch before 1.6) passes.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("its records are compressed, which torch.save never does")
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                raise ValueError("its records are larger than the file")
+            # With torch.serialization.set_crc32_options(False), no record has a checksum.
+            if any(record.CRC for record in records) and (damaged := archive.testzip()):
+                raise ValueError(f"it is damaged in {damaged}")
+
+
 def _reason(error: Exception) -> str:
     """The first sentence of what torch found, without its advice to open the file unsafely."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
     return text.splitlines()[0].partition(". ")[0]
 
 
-def load_for_resume(path: str | Path, model: nn.Module, arch: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """A pre-training checkpoint, checked against the model that is to go on from it.
+def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, Any]:
+    """A pre-training checkpoint, whose weights are loaded into the model that is to go on from it.
 
     Args:
         path: the file.
         model: as it will be trained (on any device, "meta" too), without DistributedDataParallel around it.
         arch: its architecture's name.
-        map_location: where the tensors go; "meta" reads shapes alone.
 
     Raises:
-        CheckpointError: also where architecture, keys or shapes differ, or a field is nothing that a run writes.
+        CheckpointError: also where architecture, keys or shapes differ, weights are not finite, or a field is nothing that
+            a run writes.
     """
     # The published program writes the first four alone.
-    state = {"seed": None, "deterministic": False, "steps": 0} | load(path, map_location)
+    state = {"seed": None, "deterministic": False, "steps": 0} | load(path)
     published = {"epoch": is_count, "arch": is_text, "state_dict": is_anything, "optimizer": is_dict}
     _check_fields(f"{path} is no checkpoint of a run to resume", state, {**published, **REPEATABLE, "steps": is_count})
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
-    have = {name: value.shape for name, value in _weights(path, state["state_dict"]).items()}
-    want = {f"module.{name}": value.shape for name, value in model.state_dict().items()}
-    wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
-    if wrong:
-        first = wrong[0]
-        raise CheckpointError(
-            f"{path} does not fit the options (--mlp, --low-dim, --pcl-r, --small-stem?): {len(wrong)} entries differ, "
-            f"the first {first}: {_size(have.get(first))} in the file, {_size(want.get(first))} in the model"
-        )
+    weights = _weights(path, state["state_dict"])
+    _load_exactly(path, model, weights, "the options (--mlp, --low-dim, --pcl-r, --small-stem?)")
     _check_optimizer(path, state["optimizer"], model.parameters())
     return state
 
@@ -162,19 +184,19 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         the network and the name of its architecture.
 
     Raises:
-        CheckpointError: also where a key of the backbone is missing or left over: never random weights.
+        CheckpointError: also where a key of the backbone is missing or left over, or a weight is not finite: never random
+            weights.
     """
     state = load(path)
     arch = arch or state.get("arch")
     if arch not in architectures():
         raise CheckpointError(f"{path}: architecture {arch} is not one of those offered; name it with --arch")
-    weights = _weights(path, state.get("state_dict", state))
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = _weights(path, state.get("state_dict", state.get("model", state)))
     if any(name.startswith("encoder_q.") for name in weights):
         weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     network = backbone(arch, has_small_stem(arch, weights))
-    _load_exactly(network, weights, f"{path} does not fit {arch}")
+    _load_exactly(path, network, weights, arch)
     return network, arch
 
 
@@ -206,9 +228,9 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     _check_fields(f"{path} is no checkpoint of a linear probe", state, fields)
     if state["arch"] not in architectures():
         raise CheckpointError(f"{path}: a probe of {state['arch']} cannot be opened again")
-    weights = {name.removeprefix("module."): value for name, value in _weights(path, state["state_dict"]).items()}
+    weights = _weights(path, state["state_dict"])
     network = new_network(state["arch"], has_small_stem(state["arch"], weights), num_classes=len(state["classes"])).eval()
-    _load_exactly(network, weights, f"{path} does not fit {state['arch']} with {len(state['classes'])} classes")
+    _load_exactly(path, network, weights, f"{state['arch']} with {len(state['classes'])} classes")
     _check_optimizer(path, state["optimizer"], network.get_submodule("fc").parameters())
     return network, state
 
@@ -255,6 +277,11 @@ def _check_fields(message: str, state: Mapping[str, Any], fields: Mapping[str, C
         raise CheckpointError(f"{message}: its {', '.join(wrong)} cannot be right")
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Go on from a saved optimizer's momentum; learning rate, weight decay and the like stay as they are."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def _check_optimizer(path: str | Path, saved: dict[str, Any], parameters: Iterable[Tensor]) -> None:
     """A step with tensors that hold no numbers takes no time, and fails where a step of the run would."""
     hollow = [torch.empty_like(parameter, device="meta", requires_grad=True) for parameter in parameters]
@@ -264,23 +291,32 @@ def _check_optimizer(path: str | Path, saved: dict[str, Any], parameters: Iterab
         for parameter in hollow:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
+        momentum = {f"momentum {n}": v for n, one in saved["state"].items() for v in one.values() if isinstance(v, Tensor)}
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{path}: its optimizer is not one of SGD over this model's weights") from error
+    _check_finite(path, momentum)
 
 
-def _load_exactly(network: nn.Module, weights: dict[str, Tensor], message: str) -> None:
-    expected = network.state_dict()
-    missing = sorted(expected.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - expected.keys())
-    shapes = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
-    if missing or unexpected or shapes:
-        raise CheckpointError(
-            f"{message}: missing {_some(missing)}; unexpected {_some(unexpected)}; of another shape {_some(shapes)}"
-        )
+def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load what torch takes with `strict=True`: without `num_batches_tracked`, for one, which old files lack."""
     try:
-        network.load_state_dict(weights)
-    except (RuntimeError, NotImplementedError) as error:  # tensors without numbers, of no floating-point kind, ..
-        raise CheckpointError(f"{message}: {str(error).splitlines()[-1].strip()}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a network without numbers, which stays so
+            network.load_state_dict(weights)
+    except Exception as error:  # of many kinds: tensors without numbers, of no floating-point kind, ..
+        expected = network.state_dict()
+        missing = [n for n in expected.keys() - weights.keys() if not n.endswith("num_batches_tracked")]
+        differ = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
+        shapes = [f"{n} {tuple(weights[n].shape)} instead of {tuple(expected[n].shape)}" for n in differ]
+        reasons = {"missing": missing, "unexpected": weights.keys() - expected.keys(), "of another shape": shapes}
+        told = "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in reasons.items() if names)
+        raise CheckpointError(f"{path} does not fit {what}: {told or str(error).splitlines()[-1].strip()}") from error
+    _check_finite(path, weights)
+
+
+def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    if wrong := [name for name, value in tensors.items() if value.is_meta or not value.float().isfinite().all()]:
+        raise CheckpointError(f"{path}: {_some(wrong)} hold numbers that are not finite, as of a run that failed; name another")
 
 
 def backbone(arch: str, small_stem: bool = False) -> nn.Module:
@@ -307,6 +343,20 @@ def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) ->
     return network
 
 
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Inside, networks are built on the "meta" device: they have shapes alone, and take neither time nor memory."""
+    with torch.device("meta"), _ArithmeticOnCPU():
+        yield
+
+
+class _ArithmeticOnCPU(TorchFunctionMode):
+    """torchvision computes the widths of a RegNet by tensors, whose numbers it needs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "cpu"} if func in (torch.arange, torch.tensor) else {}))
+
+
 def takes_small_stem(arch: str) -> bool:
     """Whether the architecture begins with one convolution and a max-pool."""
     return arch.startswith(("resnet", "resnext", "wide_resnet"))
@@ -324,18 +374,15 @@ def architectures() -> list[str]:
 
 
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
+    """A state dict whose names have no `module.` in front."""
     if isinstance(found, dict) and all(isinstance(n, str) and _is_plain(v) for n, v in found.items()):
-        return found
+        return {name.removeprefix("module."): value for name, value in found.items()}
     raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is a tensor that can be copied into a weight."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)
-
-
-def _size(shape: torch.Size | None) -> str:
-    return "absent" if shape is None else str(tuple(shape))
 
 
 def _some(names: list[str]) -> str:

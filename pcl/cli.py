@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -39,6 +39,14 @@ from pcl.watch import INTERRUPTED
 
 UNREADABLE = "unreadable.txt"
 LISTED = 20  # unreadable images that are shown; the file has all
+
+# Options that change neither what a run learns nor how; all others are compared when it is resumed.
+INDIFFERENT = {
+    "data", "images", "num_images", "unreadable", "skip_unreadable", "workers", "print_freq", "resume", "automatic",
+    "start_epoch", "start_step", "deterministic", "arch", "small_stem", "pretrained", "random_init", "pixels", "nproc", "gpu",
+    "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "multiprocessing_distributed", "exp_dir", "save_freq",
+    "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id", "output",
+}  # fmt: skip
 
 LARGEST = 2**31 - 1  # what every library below takes as an integer
 LARGEST_NUMBER = 1e30  # far within float32
@@ -181,6 +189,20 @@ def note_image_size(args: argparse.Namespace) -> None:
     trained = trained_at(args.pretrained) if args.pretrained else None
     if trained not in (None, args.image_size):
         log(f"note: the backbone was trained at {trained} pixels and sees {args.image_size}; --image-size sets that")
+
+
+def settings(args: argparse.Namespace) -> dict[str, str]:
+    """The options that change what is learnt, as a checkpoint keeps them in its field "args"."""
+    return {name: str(value) for name, value in vars(args).items() if name not in INDIFFERENT}
+
+
+def note_changes(state: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Say which of the settings are not those of the run that wrote a checkpoint."""
+    before = state.get("args")
+    for name, value in now.items() if isinstance(before, dict) else ():
+        if name in before and before[name] != value:
+            option = name if name in ("files", "processes") else f"--{name.replace('_', '-')}"
+            log(f"note: {option} {value}, before {before[name]}")
 
 
 def add_output_argument(parser: Parser) -> None:
@@ -367,6 +389,11 @@ def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: Ind
         if not len(images):
             parser.error(f"DIR {args.data}: none of the {len(before)} images of {before.root} can be read")
     return kept
+
+
+def describe_files(*folders: IndexedFolder) -> str:
+    """Number and fingerprint of the images, by which a resumed run knows them again."""
+    return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
 
 
 def keep_unreadable(folder: Path, args: argparse.Namespace) -> None:

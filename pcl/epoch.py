@@ -18,12 +18,12 @@ def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
     return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
 
 
-def terms_of_epoch(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for an epoch to be finished by another run than began it."""
-    terms = {"images": args.num_images, "batch": cli.global_batch(args), "seed": args.seed, "warm_up": args.warmup_epoch}
-    if args.warmup_epoch < args.epochs:
-        terms |= {"clusters": args.num_cluster, "kmeans_every": args.kmeans_every}
-    return terms
+def terms_of_epoch(epoch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for an epoch to be finished by another run than began it: its steps' images, its clusters."""
+    names = ["files", "seed", "warmup_epoch"]
+    if epoch >= args.warmup_epoch:
+        names += ["num_cluster", "kmeans_every", "kmeans", "kmeans_tf32", "temperature", "image_size", "augment_on", "amp"]
+    return {"batch": str(cli.global_batch(args))} | {name: str(getattr(args, name)) for name in names}
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Begun:
         meters = self.meters.state_over_ranks() if self.steps else {}
         clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in self.clusterings]
         done = {"steps": self.steps, "clusterings": clusterings, "meters": meters}
-        return {"epoch": self.epoch, **done, "terms": terms_of_epoch(args)}
+        return {"epoch": self.epoch, **done, "terms": terms_of_epoch(self.epoch, args)}
 
     @classmethod
     def of_checkpoint(cls, state: dict[str, Any], device: torch.device, args: argparse.Namespace) -> Begun:
         """Of the epoch to go on with; nothing is done of it if it cannot be finished with these images and options."""
         if "terms" not in state:
             return cls(state["epoch"])
-        if state["terms"] != terms_of_epoch(args):
+        if state["terms"] != terms_of_epoch(state["epoch"], args):
             log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
             return cls(state["epoch"])
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
@@ -62,14 +62,13 @@ class Begun:
 
 
 def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
-    """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes and dtypes tell."""
+    """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes, dtypes and finite numbers tell."""
     if "terms" not in state:
         return not state["steps"]
-    wanted, terms = terms_of_epoch(args), state["terms"]
-    lists_or_counts = checkpoint.is_list_of(checkpoint.is_count), checkpoint.is_count
-    if not checkpoint.is_dict(terms) or not all(any(holds(v) for holds in lists_or_counts) for v in terms.values()):
+    terms = state["terms"]
+    if not checkpoint.is_dict(terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
         return False
-    if terms != wanted:
+    if terms != terms_of_epoch(state["epoch"], args):
         return True  # nothing more is read
     sizes = args.num_cluster if state["epoch"] >= args.warmup_epoch else []
     clusterings = [
@@ -82,10 +81,11 @@ def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
     ]
     try:
         found = [{name: (tuple(v.shape), v.dtype) for name, v in c.items()} for c in state["clusterings"]]
+        finite = all(bool(v.isfinite().all()) for c in state["clusterings"] for v in c.values())
         meters: dict[str, Any] = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
         steps, sums = meters["steps"], meters["sums"]
         numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
     except (KeyError, TypeError, AttributeError):
         return False
-    fits = found == clusterings and state["steps"] * wanted["batch"] <= args.num_images
-    return fits and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])
+    fits = found == clusterings and state["steps"] * cli.global_batch(args) <= args.num_images
+    return fits and finite and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])

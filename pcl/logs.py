@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,17 @@ class RunLog:
         folder: made if need be.
         args: of the run.
         board: folder of TensorBoard's files, which also show what `figures` is given.
+        check: called as soon as no other run can write into the folder, before this one does: another may have come first.
     """
 
-    def __init__(self, folder: Path, args: dict[str, Any], board: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, args: dict[str, Any], board: Path | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = folder / "log.jsonl"
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = claim(folder)
+            check()
             _end_last_line(self.path)
         self.board = TensorBoard(board) if board else None
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
