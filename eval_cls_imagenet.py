@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint, cli
 from pcl.builder import extract_features
 from pcl.distributed import RunError, get_rank, is_main, parallel, seed_everything, total_processes, wait_for_main
+from pcl.images import list_folder, tell_left_out
 from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, normalize, share_of_rank
 from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
 from pcl.metrics import topk_accuracy
@@ -128,7 +129,8 @@ def check_numbers(parser: cli.Parser, args: argparse.Namespace, train: IndexedFo
         count = np.bincount(images.labels, minlength=len(images.classes))
         if count.min() == 0:
             kind = "image that can be read" if args.unreadable else "image"
-            parser.error(f"DIR {args.data}: no {kind} in {args.data / split / images.classes[count.argmin()]}")
+            place = args.data / split / images.classes[count.argmin()]
+            parser.error(f"DIR {args.data}: no {kind} in {place}{tell_left_out(list_folder(place).others)}")
     if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
         parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
 

@@ -321,9 +321,11 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
         parser.error(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable, or move it away")
     if labelled and not images.classes:
         remedy = f"put them into {root}/<class>/, which names their label"
-        if Path(images.path(0)).name.startswith("ILSVRC2012_val"):
-            archives = "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
-            remedy += f"; torchvision.datasets.ImageNet({str(data)!r}, 'val') does so from {archives} in it, without {split}/"
+        if Path(images.path(0)).name.startswith("ILSVRC2012_"):
+            archives = f"ILSVRC2012_img_{split}.tar and ILSVRC2012_devkit_t12.tar.gz"
+            remedy += (
+                f"; torchvision.datasets.ImageNet({str(data)!r}, {split!r}) does so from {archives} in it, without {split}/"
+            )
         parser.error(f"DIR {data}: images lie in {root} itself; {remedy}")
     return images
 

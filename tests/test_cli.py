@@ -83,6 +83,7 @@ SHAPES = {
     "images in train beside folders": (["train/1.png", "train/a/2.png"], "train", [], 2),
     "images": (["1.png", "2.png"], "", [], 2),
     "images beside folders": (["1.png", "trip/2.png", "trip/train/3.png"], "", [], 3),
+    "a class that is called train": (["road/a/2.png", "x/y/train/3.png"], "", ["road", "x"], 2),
     "what is hidden beside classes": ([".x.png", "a/1.png", ".trash/train/2.png", "b/.3.png"], "", ["a", "b"], 1),
 }
 
@@ -109,6 +110,19 @@ LACKS = "{}: it has no folder train/"
 # Images below DIR, the folder that is named, whether labels are needed, and what is said of it.
 MISSHAPEN = {
     "a folder around it": (["imagenet/train/a/1.png"], "", False, f"{LACKS}, but {{}}/imagenet has; give that one"),
+    "ImageNet's archive": (
+        ["ILSVRC/Annotations/CLS-LOC/train/a/1.xml", "ILSVRC/Annotations/CLS-LOC/val/1.xml", "ILSVRC/ImageSets/CLS-LOC/x.txt"]
+        + [f"ILSVRC/Data/CLS-LOC/{name}" for name in ("train/a/1.png", "train/b/2.png", "val/3.png", "test/4.png")],
+        "",
+        False,
+        f"{LACKS}, but {{}}/ILSVRC/Data/CLS-LOC has; give that one",
+    ),
+    "the same in a folder, for labels": (
+        ["imagenet/ILSVRC/Data/CLS-LOC/train/a/1.png", "imagenet/ILSVRC/Data/CLS-LOC/val/3.png"],
+        "",
+        True,
+        f"{LACKS}, but {{}}/imagenet/ILSVRC/Data/CLS-LOC has; give that one",
+    ),
     "the same for labels": (["imagenet/train/a/1.png"], "", True, f"{LACKS}, but {{}}/imagenet has; give that one"),
     "train itself for labels": (["train/a/1.png"], "/train", True, "{}/train: it has no folder train/, but {} has; give that"),
     "val alone": (["val/a/1.png"], "", False, f"{LACKS}; put the images into {{}}/train/<class>/, or straight into {{}} if"),
@@ -116,6 +130,27 @@ MISSHAPEN = {
     "classes for labels": (["a/1.png"], "", True, f"{LACKS}; put the images into {{}}/train/<class>/\n"),
     "images for labels": (["train/1.png"], "", True, "{}: images lie in {}/train itself; put them into {}/train/<class>/"),
     "nothing but hidden images": (["a/._1.png"], "", False, "{}: no image in {}/<class>/; put JPEG, PNG or other images there"),
+    "other files alone": (
+        ["1.heic", "2.HEIC", "3.txt"],
+        "",
+        False,
+        f"{LACKS}; put the images into {{}}/train/<class>/, or straight into {{}} if they have no labels; "
+        "2 .heic, 1 .txt there are left out: what is read ends in .apng, ",
+    ),
+    "other files alone in classes": (
+        ["train/a/1.heic", "train/b/2.heic", "train/b/.3.heic", "train/b/@eaDir/3.heic", "train/b/Thumbs.db", "train/README"],
+        "",
+        True,
+        "{}: no image in {}/train/<class>/; put JPEG, PNG or other images there; "
+        "2 .heic, 1 without ending there are left out: what is read ends in .apng, ",
+    ),
+    "ImageNet's flat val": (
+        ["train/ILSVRC2012_val_00000001.JPEG"],
+        "",
+        True,
+        "{}: images lie in {}/train itself; put them into {}/train/<class>/, which names their label; "
+        "torchvision.datasets.ImageNet('{}', 'train') does so from ILSVRC2012_img_train.tar and",
+    ),
     "no images in train": (["train/a/.1.png", "1.png"], "", False, "{}: no image in {}/train/<class>/"),
 }
 

@@ -107,6 +107,11 @@ def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
     assert "z? no UTF-8" in legend
 
 
+def test_a_thin_image_has_a_thumbnail(tmp_path):
+    Image.new("RGB", (20000, 1)).save(tmp_path / "a.png")
+    assert figures.thumbnail(tmp_path / "a.png").size == (96, 1)
+
+
 def test_images_that_have_gone_leave_the_other_pictures(six_classes, tmp_path, capsys):
     exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
     arguments, _ = figures.read_log(exp_dir / "log.jsonl")

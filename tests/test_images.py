@@ -1,9 +1,13 @@
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from pcl.images import UnreadableImageError, read_image, read_tensor
+from pcl.images import ENDINGS, FORMATS, MOST_PIXELS, UnreadableImageError, bits_used, read_image, read_tensor
 
 ROWS, COLUMNS = np.mgrid[:40, :60]
 PIXELS = np.stack([COLUMNS * 4, ROWS * 6, COLUMNS + ROWS * 2], axis=-1).astype(np.uint8)
@@ -55,6 +59,12 @@ KINDS = {
     "moving.png": (FRAMES[0], WHOLE, PIXELS, 0),
     "moving.webp": (FRAMES[0], WHOLE | {"lossless": True}, PIXELS, 0),
     "moving.tif": (FRAMES[0], WHOLE, PIXELS, 0),
+    "moving.gif": (palette(), {"save_all": True, "append_images": [palette().rotate(180)]}, PALETTE, 0),
+    "transparent.gif": (palette(), {"transparency": 1}, PALETTE, 0),
+    "a.jfif": (Image.fromarray(PIXELS), {"quality": 95}, PIXELS, 6),
+    "a.jp2": (Image.fromarray(PIXELS), {}, PIXELS, 0),
+    "a.tga": (Image.fromarray(PIXELS), {}, PIXELS, 0),
+    "12 bits.pgm": (Image.fromarray(DEEP), {}, rgb(DEEP / 257), 0.6),
     "a.bmp": (Image.fromarray(PIXELS), {}, PIXELS, 0),
     "a.ppm": (Image.fromarray(PIXELS), {}, PIXELS, 0),
 }
@@ -78,8 +88,9 @@ def pixels_of(read, path):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_image_looks_as_a_person_expects(tmp_path, name, read):
     image, options, expected, tolerance = KINDS[name]
-    if name == "16 bits.pgm":  # which Pillow reads, but did not always write
-        (tmp_path / name).write_bytes(b"P5 60 40 65535\n" + DEEP.astype(">u2").tobytes())
+    if name.endswith("bits.pgm"):  # which Pillow reads, but did not always write
+        white = 4095 if name.startswith("12") else 65535
+        (tmp_path / name).write_bytes(b"P5 60 40 %d\n" % white + np.rint(DEEP * (white / 65535)).astype(">u2").tobytes())
     else:
         image.save(tmp_path / name, **options)
     found = pixels_of(read, tmp_path / name)
@@ -124,6 +135,74 @@ def test_exif_data_that_make_no_sense_turn_nothing(tmp_path, exif, read):
     assert np.abs(pixels_of(read, tmp_path / "a.jpg") - PIXELS).max() <= 6
 
 
+def write_png(path, size, depth, content, color=False):
+    """A PNG of rows that each begin with a zero."""
+    header = struct.pack(">IIBBBBB", *size, depth, 2 * color, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(content), b"IEND"]
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def write_12_bits(path, values):
+    """A TIFF of 12 bits, two values in three bytes, (H, W), W even."""
+    first, second = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8).tobytes()
+    tags = {
+        256: values.shape[1],
+        257: values.shape[0],
+        258: 12,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: len(values),
+        279: len(packed),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    path.write_bytes(head + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@readers
+def test_a_tiff_of_12_bits_is_scaled_by_them(tmp_path, read):
+    write_12_bits(tmp_path / "a.tif", DEEP >> 4)
+    assert np.abs(pixels_of(read, tmp_path / "a.tif") - rgb((DEEP >> 4) / (4095 / 255))).max() <= 0.5
+    assert bits_used(tmp_path / "a.tif") == 0
+
+
+def test_how_many_of_16_bits_are_used(tmp_path):
+    used = {}
+    for bits, largest in ((12, 4095), (10, 1000), (16, 65535), (1, 1)):
+        values = np.array([[0, largest], [largest // 2, 0]], ">u2")
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / f"{bits}.png")
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / f"{bits}.tif")
+        (tmp_path / f"{bits}.pgm").write_bytes(b"P5 2 2 65535\n" + values.tobytes())
+        used |= {f"{bits}.{kind}": bits for kind in ("png", "tif", "pgm")}
+    write_png(tmp_path / "color.png", (2, 1), 16, b"\0" + np.array([9, 4095, 1, 0, 256, 3], ">u2").tobytes(), color=True)
+    Image.fromarray(PIXELS).save(tmp_path / "8.png")
+    Image.fromarray(GRAY).save(tmp_path / "8.jpg")
+    used |= {"color.png": 12, "8.png": 0, "8.jpg": 0}
+    assert {name: bits_used(tmp_path / name) for name in used} == used
+
+
+@readers
+@pytest.mark.filterwarnings("error:.*decompression bomb")
+def test_whole_images_beyond_the_limits_of_pillow_are_read(tmp_path, read):
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    Image.fromarray(PIXELS).save(tmp_path / "text.png", pnginfo=text)
+    np.testing.assert_array_equal(pixels_of(read, tmp_path / "text.png"), PIXELS)
+    assert Image.MAX_IMAGE_PIXELS is None  # 200 million take seconds
+    assert MOST_PIXELS > 200e6
+
+
+def test_every_format_decodes_by_itself_and_its_files_are_taken():
+    assert not {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "FITS"} & set(FORMATS)
+    usual = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".mpo"}
+    assert usual <= ENDINGS
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".pfm", ".txt", ".npy"} & ENDINGS
+
+
 def spoilt(folder):
     """Files that are no whole image, and what is to be said of each."""
     grain = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
@@ -144,10 +223,18 @@ def spoilt(folder):
     (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
     (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
     (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")  # runs Ghostscript
+    write_png(folder / "bomb.png", (100000, 100000), 8, bytes(1000))
     return reasons | {
         "nowhere.jpg": "no such file (removed meanwhile, or a link to nowhere)",
         "itself.jpg": "Too many levels of symbolic links",
         "folder.jpg": "Is a directory",
+        "pipe.jpg": "it is a pipe, a socket or a device, not a regular file",
+        "zero.jpg": "it is a pipe, a socket or a device, not a regular file",
+        "postscript.png": "it is empty, or no image of a known format",
+        "bomb.png": "100000 x 100000 pixels are more than memory could hold",
     }
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from pcl import loader
+from pcl.augment import RecipeView
 from pcl.images import UnreadableImageError
 from pcl.loader import (
     EpochSampler,
@@ -18,6 +22,7 @@ from pcl.loader import (
     IndexedFolder,
     TwoViews,
     center_view,
+    crop_view,
     make_loader,
     normalize,
     random_numbers_of,
@@ -173,7 +178,59 @@ def test_the_digest_is_of_the_names_below_the_root(tmp_path):
 def test_labels_that_may_be_meant_otherwise_are_remarked_on(tmp_path, names, remark):
     root = tmp_path / "deep" / "set"
     write(root, *names)
-    assert IndexedFolder(root, np.asarray).remark() == remark.format(root=root)
+    assert IndexedFolder(root, np.asarray).remarks() == [f"note: {remark.format(root=root)}"] * bool(remark)
+
+
+SYSTEMS = [
+    "lost+found/1.png",
+    "a/@eaDir/0.png/SYNOPHOTO_THUMB_S.png",
+    "__MACOSX/a/0.png",
+    "$RECYCLE.BIN/S-1/x.png",
+    "a/b/#recycle/x.png",
+]
+
+
+def test_folders_of_systems_hold_no_images_and_are_not_listed(tmp_path, monkeypatch):
+    def scandir(path):
+        assert not any(name in str(path) for name in ("lost+found", "@eaDir", "__MACOSX", "RECYCLE", "Volume"))
+        return listed(path)
+
+    write(tmp_path, "a/0.png", "b/0.png", *SYSTEMS)
+    write(tmp_path, "System Volume Information/x.txt", "a/Thumbs.db", "a/desktop.ini", "b/.DS_Store")
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    folder = IndexedFolder(tmp_path, np.asarray)
+    assert (folder.classes, names_in(folder, tmp_path), folder.remarks()) == (["a", "b"], ["a/0.png", "b/0.png"], [])
+
+
+def test_files_that_are_left_out_are_counted_by_ending(tmp_path):
+    write(tmp_path, "a/0.jfif", "a/1.GIF", "b/2.png", "b/c/3.Jpe")
+    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
+    write(tmp_path, "a/1.heic", "a/2.HEIC", "b/c/3.heic", "labels.csv", "b/README", "b/.hidden.heic", "a/x.tar.gz")
+    (told,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
+    assert sorted(told.partition(".heic, ")[2].split(", ")) == ["1 .csv", "1 .gz", "1 without ending"]
+    write(tmp_path, *[f"b/{i}.{i}" for i in range(20)])
+    (told,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
+    assert told.endswith(", 16 of other endings")
+    write(tmp_path, "x.png", "y.heic")  # one set without labels
+    assert IndexedFolder(tmp_path, np.asarray).left_out[".heic"] == 4
+
+
+def test_few_of_16_bits_are_remarked_on(tmp_path):
+    for i in range(40):
+        pixels = np.full((4, 6), 4095 if i == 39 else 900, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    (note,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    assert note.startswith(
+        f"note: images of {tmp_path} use 12 of their 16 bits (32 looked at), so that the network sees about 16 "
+    )
+    assert "mogrify -evaluate multiply 16 " in note
+    Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "39.png")
+    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
+    (tmp_path / "39.png").write_bytes(b"")  # training tells
+    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut off"])
@@ -262,14 +319,14 @@ def test_the_views_are_the_published_ones():
     tail = ["RandomHorizontalFlip", "PILToTensor"]
     assert names_of(v1) == ["RandomResizedCrop", "RandomGrayscale", "ColorJitter", *tail]
     assert names_of(v2) == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", *tail]
-    assert names_of(center) == ["Resize", "CenterCrop", "PILToTensor"]
+    assert names_of(center) == ["MiddleOfThin", "Resize", "CenterCrop", "PILToTensor"]
     assert v1.transforms[0].scale == v2.transforms[0].scale == (0.2, 1.0)
     jitter, strong = v1.transforms[2], v2.transforms[1].transforms[0]
     assert (jitter.brightness, jitter.hue) == ((0.6, 1.4), (-0.4, 0.4))
     assert (strong.brightness, strong.hue) == ((0.6, 1.4), (-0.1, 0.1))
     assert [t.p for t in v2.transforms[1:4]] == [0.8, 0.2, 0.5]
-    assert center.transforms[0].size == 256
-    assert center_view(32).transforms[0].size == 37
+    assert center.transforms[1].size == 256
+    assert center_view(32).transforms[1].size == 37
 
 
 def test_the_blur_is_pillow_s_of_a_radius_between_a_tenth_and_two(monkeypatch):
@@ -289,6 +346,37 @@ def test_the_center_view_is_the_middle_of_the_image():
     assert (view.shape, view.dtype) == ((3, 70, 70), torch.uint8)
     assert view[:, :, 16:54].unique().tolist() == [255]
     assert view[:, :, 0].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_the_center_of_a_thin_image_is_that_of_the_whole(tensors):
+    def whole(size):
+        scaled = round(size * 8 / 7)
+        if tensors:
+            return v2.Compose([v2.Resize(scaled), v2.CenterCrop(size)])
+        return transforms.Compose([transforms.Resize(scaled), transforms.CenterCrop(size), transforms.PILToTensor()])
+
+    generator = np.random.default_rng(0)
+    for size in (32, 35, 224):
+        for short in (1, 2, 3, 7, 40, 64, 300):
+            for ratio in (1, 1.5, 4.1, 15.9, 16, 17, 20.3, 33, 100 if size < 100 else 40):
+                long = int(short * ratio)
+                for shape in ((short, long, 3), (long, short, 3))[: 1 + (short * long < 10**5)]:
+                    image = Image.fromarray(generator.integers(0, 256, shape, np.uint8))
+                    image = pil_to_tensor(image) if tensors else image
+                    apart = (whole(size)(image).int() - center_view(size, tensors)(image).int()).abs().max()
+                    assert apart <= (ratio > 16), (size, shape)
+
+
+@pytest.mark.parametrize("shape", [(20000, 1, 3), (1, 1_000_001, 3), (3, 65000, 3)])
+def test_views_of_a_thin_image_take_little_memory(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    views = [center_view(224)(image), center_view(224, tensors=True)(pil_to_tensor(image))]
+    views += [random_view(224, True)(image), crop_view(224)(image), RecipeView(224, True)(pil_to_tensor(image))[0]]
+    assert {(view.shape, view.dtype) for view in views} == {((3, 224, 224), torch.uint8)}
+    assert torch.equal(views[0], views[1])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB; on macOS bytes
 
 
 def test_batches_are_normalized_to_the_bit_as_torchvision_does():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, assert_same, run_script, weights
+from PIL import Image
 
 import main_pcl
 from pcl.checkpoint import LAST, load
@@ -326,6 +327,16 @@ def test_collapsed_features_are_warned_of(image_folder, tmp_path, capsys, monkey
     run(image_folder, "--exp-dir", tmp_path, "--epochs", 2)
     out = capsys.readouterr().out
     assert out.count("warning: the features of all images are almost the same") == 1
+
+
+def test_a_val_without_labels_tells_the_monitor_nothing(tmp_path):
+    for name in ("val/1.png", "val/2.png", "train/a/3.png", "train/b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    args = main_pcl.get_parser().parse_args([str(tmp_path), "--image-size", "8"])
+    args.images, args.num_images = tmp_path / "train", 800
+    assert len(main_pcl.val_folder(args)) == 2
+    assert main_pcl.val_loader(args) is None
 
 
 @pytest.mark.slow
