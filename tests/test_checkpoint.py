@@ -26,6 +26,7 @@ from pcl.checkpoint import (
     prune,
     save,
     takes_small_stem,
+    without_numbers,
 )
 from pcl.distributed import RunError
 
@@ -182,10 +183,13 @@ def test_resuming_asks_for_the_same_model(tmp_path):
     path = tmp_path / "c.pt"
     torch.save(published(moco()), path)
     assert load_for_resume(path, moco(), ARCH)["epoch"] == 3
-    assert load_for_resume(path, moco(), ARCH, "meta")["epoch"] == 3
+    with without_numbers():
+        hollow = moco()
+    assert load_for_resume(path, hollow, ARCH)["epoch"] == 3
+    assert all(value.is_meta for value in hollow.parameters())
     with pytest.raises(CheckpointError, match=f"give --arch {ARCH}"):
         load_for_resume(path, moco(), "resnet18")
-    with pytest.raises(CheckpointError, match=r"encoder_k\.fc\.0\.bias: absent in the file, \(1024,\) in the model"):
+    with pytest.raises(CheckpointError, match=r"missing encoder_k\.fc\.0\.bias.*; unexpected encoder_k\.fc\.bias"):
         load_for_resume(path, moco(mlp=True), ARCH)
     torch.save(backbone(ARCH).state_dict(), path)
     with pytest.raises(CheckpointError, match="it has no epoch, arch, state_dict, optimizer"):
@@ -202,7 +206,7 @@ def test_the_optimizer_of_a_resumed_run_is_that_of_its_weights(tmp_path):
     old = {name: value for name, value in good["param_groups"][0].items() if name not in ("foreach", "maximize", "fused")}
     for group in (good["param_groups"][0], old):  # an older torch wrote fewer options
         torch.save(published(model) | {"optimizer": good | {"param_groups": [group]}}, path)
-        assert load_for_resume(path, moco(), ARCH, "meta")["seed"] is None
+        assert load_for_resume(path, moco(), ARCH)["seed"] is None
     momentum = {0: {"momentum_buffer": torch.zeros(24, 3, 3)}}
     for wrong in ({}, {"param_groups": []}, {"state": momentum}, {"param_groups": [{"params": [0]}]}, {"state": {0: 3}}):
         torch.save(published(model) | {"optimizer": wrong and good | wrong}, path)
