@@ -316,7 +316,9 @@ def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tenso
 
 def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if wrong := [name for name, value in tensors.items() if value.is_meta or not value.float().isfinite().all()]:
-        raise CheckpointError(f"{path}: not all numbers of {_some(wrong)} are finite, as in a run that has failed; name another")
+        raise CheckpointError(
+            f"{path}: not all numbers of {_some(wrong)} are finite, as in a run that has failed; name another"
+        )
 
 
 def backbone(arch: str, small_stem: bool = False) -> nn.Module:
