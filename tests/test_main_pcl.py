@@ -16,7 +16,7 @@ from pcl.clustering import Clustering
 from pcl.distributed import _free_port
 from pcl.epoch import Begun, is_whole
 from pcl.loader import IndexedFolder
-from pcl.logs import Meters
+from pcl.logs import Meters, claim
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -221,8 +221,7 @@ def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, op
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
 def test_of_two_runs_into_one_folder_the_second_writes_nothing(image_folder, finished, tmp_path, monkeypatch, capsys, resumed):
-    exp_dir, claim = tmp_path / "run", main_pcl.RunLog.__init__.__globals__["claim"]
-    older = tmp_path / "older.pth.tar"
+    exp_dir, older = tmp_path / "run", tmp_path / "older.pth.tar"
     torch.save(load(finished / "checkpoint_0002.pth.tar") | {"epoch": 2}, older)
 
     def claim_late(folder):
