@@ -307,7 +307,7 @@ def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tenso
         expected = network.state_dict()
         missing = [n for n in expected.keys() - weights.keys() if not n.endswith("num_batches_tracked")]
         differ = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
-        shapes = [f"{n} {tuple(weights[n].shape)} instead of {tuple(expected[n].shape)}" for n in differ]
+        shapes = [f"{n}: {tuple(weights[n].shape)} in the file, {tuple(expected[n].shape)} in the model" for n in differ]
         reasons = {"missing": missing, "unexpected": weights.keys() - expected.keys(), "of another shape": shapes}
         told = "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in reasons.items() if names)
         raise CheckpointError(f"{path} does not fit {what}: {told or str(error).splitlines()[-1].strip()}") from error
@@ -316,7 +316,9 @@ def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tenso
 
 def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if wrong := [name for name, value in tensors.items() if value.is_meta or not value.float().isfinite().all()]:
-        raise CheckpointError(f"{path}: {_some(wrong)} hold numbers that are not finite, as of a run that failed; name another")
+        raise CheckpointError(
+            f"{path}: not all numbers of {_some(wrong)} are finite, as in a run that has failed; name another"
+        )
 
 
 def backbone(arch: str, small_stem: bool = False) -> nn.Module:

@@ -199,7 +199,9 @@ def settings(args: argparse.Namespace) -> dict[str, str]:
 def note_changes(state: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """Say which of the settings are not those of the run that wrote a checkpoint."""
     before = state.get("args")
-    for name, value in now.items() if isinstance(before, dict) else ():
+    if not isinstance(before, dict):  # the published program keeps none
+        return
+    for name, value in now.items():
         if name in before and before[name] != value:
             option = name if name in ("files", "processes") else f"--{name.replace('_', '-')}"
             log(f"note: {option} {value}, before {before[name]}")

@@ -85,7 +85,7 @@ def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
         meters: dict[str, Any] = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
         steps, sums = meters["steps"], meters["sums"]
         numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RuntimeError):  # of tensors without numbers
         return False
     fits = found == clusterings and state["steps"] * cli.global_batch(args) <= args.num_images
     return fits and finite and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])

@@ -26,6 +26,8 @@ import eval_svm_voc
 import main_pcl
 from pcl.builder import MoCo
 from pcl.clustering import Clustering
+from pcl.epoch import terms_of_epoch
+from pcl.loader import IndexedFolder
 
 ARCH = "shufflenet_v2_x0_5"
 EXAMPLES = 250
@@ -246,7 +248,10 @@ def write_checkpoints(folder):
     weights = {f"module.{name}": value for name, value in model.state_dict().items()}
     run = common | {"state_dict": weights, "optimizer": trained(model.parameters())}
     clusterings = [vars(Clustering(torch.zeros(37, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k))) for k in (3, 5)]
-    terms = {"images": 37, "batch": 8, "seed": 1, "clusters": [3, 5], "warm_up": 1, "kmeans_every": 1}
+    line = f"DIR {VALID[main_pcl]} --seed 1".replace("|", "").split()
+    args = main_pcl.get_parser().parse_args(line)
+    args.files = main_pcl.cli.describe_files(IndexedFolder(folder.parent / "six/train", str))
+    terms = terms_of_epoch(2, args)
     middle = run | {"steps": 2, "terms": terms, "clusterings": clusterings, "meters": {"steps": 2, "sums": {"loss": 3.0}}}
     weights = {f"module.{name}": value for name, value in network.state_dict().items()}
     probe = common | {"state_dict": weights, "optimizer": trained(network.fc.parameters())}

@@ -16,7 +16,7 @@ from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
 from pcl.builder import extract_features
 from pcl.checkpoint import backbone, load
 from pcl.loader import IndexedFolder, center_view, normalize, share_of_rank
-from pcl.logs import TensorBoard
+from pcl.logs import TensorBoard, claim
 
 ARCH = "shufflenet_v2_x0_5"
 TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
@@ -133,6 +133,56 @@ def test_a_loss_that_is_no_number_ends_the_probe_before_it_is_saved(six_classes,
     )
     for path in (tmp_path / "Linear_eval" / "x").glob("*.pth.tar"):
         assert all(value.isfinite().all() for value in load(path)["state_dict"].values())
+
+
+@pytest.mark.slow
+def test_a_probe_that_goes_on_with_other_options_says_so_and_does(six_classes, finished, tmp_path, capsys):
+    changed = "--epochs 4 --momentum 0.5 --wd 0.01 --percent 50 -b 4 --lr 0.2 --image-size 24"
+    script(six_classes, "--resume", finished, "--id", "y", *changed.split())
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: --image-size 24, before 32",
+        "note: --epochs 4, before 3",
+        "note: --batch-size 4, before 8",
+        "note: --lr 0.2, before 0.1",
+        "note: --momentum 0.5, before 0.9",
+        "note: --wd 0.01, before 0.0",
+        "note: --percent 50.0, before 100.0",
+    ]
+    group = load(tmp_path / "Linear_eval" / "y" / "checkpoint.pth.tar")["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["momentum"]) == (0.01, 0.5)
+    script(six_classes, "--resume", finished, "--evaluate", *changed.split())
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: --image-size 24, before 32"]
+
+
+@pytest.mark.slow
+def test_of_two_probes_into_one_folder_the_second_writes_nothing(six_classes, finished, tmp_path, monkeypatch, capsys):
+    def claim_late(folder):
+        shutil.copytree(finished.parent, folder, dirs_exist_ok=True)  # meanwhile the first has come and gone
+        return claim(folder)
+
+    monkeypatch.setattr("pcl.logs.claim", claim_late)
+    with pytest.raises(SystemExit) as stop:
+        script(six_classes, "--random-init", "-a", ARCH, "--id", "y")
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    assert "--id y: Linear_eval/y holds another run" in capsys.readouterr().err
+    for path in finished.parent.iterdir():
+        assert path.read_bytes() == (tmp_path / "Linear_eval" / "y" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_features_that_are_no_numbers_end_the_probe(six_classes, pretrained, tmp_path, capsys):
+    state = load(pretrained)
+    state["state_dict"]["module.encoder_q.conv1.0.weight"] *= 1e38
+    state["state_dict"]["module.encoder_q.conv1.1.weight"] *= 1e38
+    torch.save(state, tmp_path / "huge.pth")
+    with pytest.raises(SystemExit) as stop:
+        script(six_classes, "--pretrained", tmp_path / "huge.pth")
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    assert "features of images are not finite numbers: the weights are those of" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -279,6 +329,8 @@ WRONG = {
         "another backbone than --pretrained, conv1.0.weight",
     ),
     "not a probe": (None, "--resume {checkpoint}", "is no checkpoint of a linear probe: it has no classes"),
+    "weights that are no numbers": (None, "--pretrained {nan}", "--pretrained: {nan}: not all numbers of conv1.0.weight"),
+    "a head that is no numbers": (None, "--resume {nan_probe}", "--resume: {nan_probe}: not all numbers of fc.bias"),
     "no weights": (None, "", "--pretrained: name a checkpoint"),
     "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
     "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
@@ -310,6 +362,11 @@ def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrai
     torch.save(other, tmp_path / "other.pth")
     places = {"root": root, "probe": finished, "checkpoint": pretrained, "other": tmp_path / "other.pth"}
     places["weights"] = f"--pretrained {pretrained}"
+    for name, path, weight in (("nan", pretrained, "encoder_q.conv1.0.weight"), ("nan_probe", finished, "fc.bias")):
+        state = load(path)
+        state["state_dict"][f"module.{weight}"][0] = math.nan
+        places[name] = tmp_path / f"{name}.pth"
+        torch.save(state, places[name])
     with pytest.raises(SystemExit) as stop:
         script(root, *options.format(**places).split())
     assert stop.value.code == 2

@@ -12,7 +12,11 @@ from PIL import Image
 
 import main_pcl
 from pcl.checkpoint import LAST, load
+from pcl.clustering import Clustering
 from pcl.distributed import _free_port
+from pcl.epoch import Begun, is_whole
+from pcl.loader import IndexedFolder
+from pcl.logs import Meters, claim
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -160,6 +164,99 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
     run(image_folder, "--exp-dir", tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar", tiny=unseeded)
     assert_same(weights(tmp_path), weights(finished))
     assert (tmp_path / "log.jsonl").read_text().count('"command"') == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, finished, tmp_path, capsys):
+    state = load(finished / "checkpoint_0002.pth.tar")
+    state["optimizer"]["param_groups"][0]["maximize"] = True
+    torch.save(state, tmp_path / "c.pth.tar")
+    changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 -p 7"
+    run(image_folder, "--exp-dir", tmp_path / "run", "--monitor-freq", 0, "--resume", tmp_path / "c.pth.tar", *changed.split())
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: --epochs 4, before 3",
+        "note: --momentum 0.8, before 0.9",
+        "note: --wd 0.5, before 0.0001",
+        "note: --moco-m 0.95, before 0.9",
+        "note: --temperature 0.3, before 0.2",
+        "note: --mask-duplicates True, before False",
+        "note: --proto-weight 0.5, before 1.0",
+    ]
+    group = load(tmp_path / "run" / "checkpoint_0003.pth.tar")["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["momentum"], group["maximize"]) == (0.5, 0.8, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "clusters"),
+    [
+        ("--lr 0.1 --wd 0 --moco-m 0.5 --print-freq 5 --epochs 9 --proto-weight 2", 2, 2),
+        *((options, 0, 0) for options in ("--temperature 0.3", "--image-size 24", "--kmeans sharded", "--amp bf16", "-b 4")),
+        *((options, 0, 0) for options in ("--augment-on device", "--num-cluster 4,5", "--kmeans-every 2", "--seed 2")),
+        ("--warmup-epoch 2", 0, 0),
+        ("other images", 0, 0),
+    ],
+)
+def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, options, steps, clusters, tmp_path):
+    folder = shutil.copytree(image_folder / "train", tmp_path / "train")
+
+    def parsed(*more):
+        args = main_pcl.get_parser().parse_args([str(folder), *TINY.split(), *more])
+        args.num_images, args.files = 25, main_pcl.cli.describe_files(IndexedFolder(folder, str))
+        return args
+
+    clusterings = [Clustering(torch.zeros(25, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k)) for k in (3, 5)]
+    state = Begun(1, 2, clusterings, Meters.go_on({"steps": 2, "sums": {"loss": 3.0}}, "cpu")).state_over_ranks(parsed())
+    if options == "other images":
+        (folder / "a" / "00.png").write_bytes(b"of another size")
+        options = ""
+    args = parsed(*options.split())
+    assert is_whole(state, args)
+    begun = Begun.of_checkpoint(state, torch.device("cpu"), args)
+    assert (begun.epoch, begun.steps, len(begun.clusterings)) == (1, steps, clusters)
+    clusterings[0].prototypes[0, 0] = float("nan")
+    assert is_whole(state, args) == (steps == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_of_two_runs_into_one_folder_the_second_writes_nothing(image_folder, finished, tmp_path, monkeypatch, capsys, resumed):
+    exp_dir, older = tmp_path / "run", tmp_path / "older.pth.tar"
+    torch.save(load(finished / "checkpoint_0002.pth.tar") | {"epoch": 2}, older)
+
+    def claim_late(folder):
+        shutil.copytree(finished, folder, dirs_exist_ok=True)  # meanwhile the first has come and gone
+        return claim(folder)
+
+    monkeypatch.setattr("pcl.logs.claim", claim_late)
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", exp_dir, *(["--resume", older] if resumed else []))
+    torch.distributed.destroy_process_group()
+    assert stop.value.code == 1
+    told = "holds a newer checkpoint, checkpoint_0002.pth.tar" if resumed else "holds another run"
+    assert f"--exp-dir {exp_dir} {told}" in capsys.readouterr().err
+    assert files_below(exp_dir) == files_below(finished)
+    assert (exp_dir / "log.jsonl").read_bytes() == (finished / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "epoch", "step", "advice"),
+    [
+        ("train", "", 2, 3, "at learning rate 0.0075; lower --lr, and start again"),
+        ("train", "", 1, 1, "before this run has changed a weight: look for the cause in a small --temperature; raise it"),
+        ("train", "--resume c.pth", 1, 1, "before this run has changed a weight: look for the cause in the weights in c.pth;"),
+        ("black", "", 2, 3, "since the images are all the same"),
+    ],
+)
+def test_the_advice_about_numbers_that_are_not_finite_fits_the_cause(
+    image_folder, tmp_path, place, options, epoch, step, advice
+):
+    (tmp_path / "black").mkdir()
+    for number in range(20):
+        Image.new("RGB", (40, 40)).save(tmp_path / "black" / f"{number}.png")
+    args = main_pcl.get_parser().parse_args(["DIR", *TINY.split(), "--exp-dir", str(tmp_path), *options.split()])
+    args.images, args.start_epoch, args.start_step = (tmp_path if place == "black" else image_folder) / place, 1, 0
+    assert main_pcl.remedy(epoch, args, step).startswith(advice)
 
 
 @pytest.mark.slow
@@ -396,6 +493,10 @@ WRONG = {
     "no checkpoint": ("{images}", "--resume nothing.pth", "--resume: nothing.pth: no such file"),
     "another model": ("{images}", "--resume {checkpoint} --low-dim 8", "--resume: {checkpoint} does not fit the options"),
     "another architecture": ("{images}", "--resume {checkpoint} -a resnet18", "give --arch shufflenet_v2_x0_5"),
+    "weights that are no numbers": ("{images}", "--resume {nan}", "not all numbers of encoder_q.conv1.0.weight are finite"),
+    "a damaged checkpoint": ("{images}", "--resume {flipped}", "--resume: {flipped} is not a checkpoint that can be opened"),
+    "one image in a step": ("{images}", "-b 1", "--batch-size 1: BatchNorm needs more than one image in a process's step"),
+    "one image of each process": ("{images}", "-b 2 --nproc 2", "--batch-size 2: BatchNorm needs more than one image"),
     "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
     "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
     "an option of another k-means": ("{images}", "--kmeans-tf32", "it is an option of --kmeans sharded"),
@@ -441,6 +542,13 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     places["copy"] = shutil.copy(places["checkpoint"], tmp_path / "checkpoint_0002.pth.tar")
     places["older"] = tmp_path / "checkpoint_0000.pth.tar"
     torch.save(load(places["checkpoint"]) | {"epoch": 1}, places["older"])
+    places |= {"nan": tmp_path / "nan.pth", "flipped": tmp_path / "flipped.pth"}
+    state = load(places["checkpoint"])
+    state["state_dict"]["module.encoder_q.conv1.0.weight"][0] = float("nan")
+    torch.save(state, places["nan"])
+    content = bytearray(places["checkpoint"].read_bytes())
+    content[len(content) // 2] ^= 1
+    places["flipped"].write_bytes(content)
     monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
     with pytest.raises(SystemExit) as stop:
@@ -479,6 +587,13 @@ def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "--warmup-epoch", "3", "--num-cluster", "25000")
     assert started[0].warmup_epoch == 3
+
+
+def test_one_image_in_a_step_is_enough_where_it_is_large(image_folder, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
+    run("--exp-dir", tmp_path / "new", image_folder, "-b", 1, "--image-size", 64)
+    assert started[0].batch_size == 1
 
 
 def test_the_defaults_are_the_published_ones():
