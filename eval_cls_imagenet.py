@@ -81,7 +81,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         name = min(set(train.classes) ^ set(val.classes))
         parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
     if len(train.classes) < 2:
-        parser.error(f"DIR {args.data}: {len(train.classes)} classes; the probe needs folders of two or more in train/ and val/")
+        parser.error(
+            f"DIR {args.data}: {len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
+        )
     check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
     folder, automatic = RESULTS / args.id, args.resume == "auto"

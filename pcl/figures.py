@@ -121,8 +121,8 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
         if low_shot:
             picture("low_shot", exp_dir, low_shot_curves, low_shot)
     if not written:
-        found = "; ".join(failures.values()) or "it holds no log.jsonl with figures and no result of eval_svm_voc.py"
-        raise RunError(f"{exp_dir}: nothing can be drawn: {found}")
+        reasons = "; ".join(failures.values()) or "it holds no log.jsonl with figures and no result of eval_svm_voc.py"
+        raise RunError(f"{exp_dir}: nothing can be drawn: {reasons}")
     for failure in failures.values():
         log(f"left out: {failure}")
     return written
