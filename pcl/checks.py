@@ -26,7 +26,8 @@ def integer(name: str, value: Any, least: float = 0, most: float = math.inf) -> 
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {value!r:.60}")
     if not least <= number <= most:
-        raise ValueError(f"{name} must be an integer from {least} to {most}, not {number}")
+        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise ValueError(f"{name} must be an integer {limits}, not {number}")
     return number
 
 
