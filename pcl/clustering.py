@@ -76,8 +76,8 @@ def concentration(
     below("im2cluster", im2cluster.cpu(), num_cluster)
     if not ((distance >= 0) & distance.isfinite()).all():
         raise ValueError("distance must hold finite numbers of at least 0")
-    if not 0 <= alpha < np.inf:
-        raise ValueError(f"alpha must be a finite number of at least 0, not {alpha}")
+    if alpha != 0:
+        above_zero("alpha", alpha)
     size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
     spread = torch.bincount(im2cluster, weights=distance.double(), minlength=num_cluster)  # (K,)
     return concentration_of_sums(size, spread, temperature, alpha).to(distance.dtype)
@@ -152,8 +152,9 @@ def seeds_of(seed: int, restart: int) -> tuple[int, int]:
 
 def permutation(count: int, seed: int) -> np.ndarray:
     """faiss's random order of 0..count-1, (count,) int32."""
+    count = integer("count", count, 0, 2**31 - 1)
     order = np.empty(count, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(order), count, seed)
+    faiss.rand_perm(faiss.swig_ptr(order), count, integer("seed", seed, -(2**63), 2**63 - 1))
     return order
 
 
@@ -265,7 +266,7 @@ def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float,
 
 def granularities_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images: int) -> list[tuple[int, int]]:
     """K and seed of each, checked."""
-    num_clusters = [integer("num_clusters", k, least=1) for k in num_clusters]
+    num_clusters = [integer("num_clusters", k, least=1) for k in np.ravel(np.asarray(num_clusters, dtype=object))]
     if max(num_clusters, default=0) > num_images:
         raise ValueError(f"num_clusters: {max(num_clusters)} clusters of {num_images} images; ask for at most as many")
     seeds = range(len(num_clusters)) if seeds is None else seeds
@@ -286,6 +287,9 @@ def held_by_float32(
     Args:
         features: all rows, or those of this rank.
         add_up: sums float64 tensors over the ranks.
+
+    Raises:
+        ValueError: features that are not finite.
     """
     dim = features.shape[1]
     sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
@@ -294,6 +298,8 @@ def held_by_float32(
         others = ((square - 1).abs() > 0.02).sum()
         sums += torch.cat([rows.double().sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
     sums = add_up(sums)
+    if not sums.isfinite().all():
+        raise ValueError("features are not finite, or too large to be squared")
     mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
     square, one = square / count, torch.ones_like(count)
     if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
@@ -319,7 +325,7 @@ def _points(**rows: tuple[Any, str]) -> list[np.ndarray]:
     points = [tensor.detach().float().cpu().contiguous().numpy() for tensor in tensors(**rows)]
     for name, array in zip(rows, points, strict=True):
         if array.size and not (array.min() > -LARGEST and array.max() < LARGEST):
-            raise ValueError(f"{name} must hold finite numbers, none NaN and none beyond {LARGEST:g}")
+            raise ValueError(f"{name} are not finite numbers below {LARGEST:g}")
     return points
 
 

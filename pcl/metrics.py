@@ -62,7 +62,7 @@ def leave_one_out_accuracy(
     if len(features) < 2:
         raise ValueError("features holds one image; there are no others to classify it by")
     features = F.normalize(features.detach(), dim=1)
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(features))[:most])  # (Q,)
+    chosen = torch.from_numpy(np.random.default_rng(integer("seed", seed)).permutation(len(features))[:most])  # (Q,)
     # One more neighbour, since an image is its own nearest one (or one of several that are equal to it).
     count = min(k + 1, len(features))
     cosine, near = nearest_neighbours(features, features[chosen.to(features.device)], count, features.device)
@@ -109,7 +109,7 @@ def one_shot_accuracy(
     """
     known, known_label, query, label = _labelled(known, known_label, query, label)
     draws = integer("draws", draws, least=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
     classes = known_label.unique()
     accuracy = []
     for _ in range(draws):

@@ -70,14 +70,9 @@ def cluster_all_sharded(
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
     granularities = granularities_of(num_clusters, seeds, num_images)
-    # A sum for each row is not finite if one of its features is not; no second copy is made of them.
-    wrong = features.new_tensor([len(features), 0], dtype=torch.float64)
-    wrong[1] = (~features.sum(dim=1).isfinite()).sum()
-    count, wrong = add_over_ranks(wrong).tolist()
-    if count != num_images:
-        raise ValueError(f"num_images is {num_images}, but the ranks have {count:.0f} rows of features")
-    if wrong:
-        raise ValueError("features are not finite")
+    rows = int(add_over_ranks(torch.tensor(len(features), device=features.device)))
+    if rows != num_images:
+        raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
     features, mean, size = held_by_float32(features, add_over_ranks)
     features = features.float().contiguous()
     jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]

@@ -107,7 +107,7 @@ def test_more_clusters_than_images_and_features_that_are_not_finite_are_errors()
     features = unit_rows(5000, 4)
     for wrong in (torch.nan, -torch.inf):
         features[clustering.permutation(5000, 0)[2000]] = wrong  # k-means does not see it
-        with pytest.raises(ValueError, match="features must hold finite numbers"):
+        with pytest.raises(ValueError, match="features are not finite"):
             cluster(features, 2, 0.2)
 
 
@@ -168,6 +168,7 @@ WRONG = {
     "rows of several lengths": (lambda: cluster([[1], [1, 2]], 1, 0.2), "features"),
     "a sparse tensor": (lambda: cluster(X.to_sparse(), 5, 0.2), "features"),
     "temperature 0": (lambda: cluster(X, 5, 0), "temperature"),
+    "numbers too large": (lambda: cluster(X.double() * 1e200, 5, 0.2), "features"),
     "no temperature": (lambda: cluster(X, 5, None), "temperature"),
     "temperature NaN": (lambda: cluster(X, 5, float("nan")), "temperature"),
     "a seed too few": (lambda: cluster_all(X, [5, 6], 0.2, seeds=[1]), "seeds"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
+import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
@@ -149,6 +150,12 @@ def test_no_setting_of_matplotlib_keeps_pictures_from_being_drawn(tmp_path, rc):
     environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "pcl.figures", "."], cwd=tmp_path, env=environment, check=True)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"ap_per_class.png", "low_shot.png"}
+
+
+def test_a_finished_run_stays_finished_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pcl.figures", None)
+    main_pcl.draw_pictures(tmp_path)
+    assert "pictures could not be drawn" in capsys.readouterr().out
 
 
 FOREIGN = [
