@@ -294,9 +294,10 @@ def held_by_float32(
     dim = features.shape[1]
     sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
     for rows in features.split(CHUNK):
-        square = rows.double().square().sum(dim=1)
+        rows = rows.double()
+        square = rows.square().sum(dim=1)
         others = ((square - 1).abs() > 0.02).sum()
-        sums += torch.cat([rows.double().sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
+        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
     sums = add_up(sums)
     if not sums.isfinite().all():
         raise ValueError("features are not finite, or too large to be squared")

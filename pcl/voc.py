@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import http.client
 import os
+import re
 import tarfile
 import unicodedata
 import urllib.request
@@ -100,8 +101,8 @@ def find_folder(root: Path, split: str) -> Path:
         if found:
             return found[0]
     hint = HINT
-    near = {path.parent for place in ("", "*/", "*/VOCdevkit/") for path in root.glob(f"{place}VOC*/ImageSets")}
-    if other := sorted(str(folder) for folder in near if folder.name != "VOC2007"):
+    near = {path.parent for place in ("", "VOC*/", "*/VOC*/", "*/VOCdevkit/VOC*/") for path in root.glob(f"{place}ImageSets")}
+    if other := sorted(str(folder) for folder in near if re.fullmatch("VOC20(?!07)..", folder.resolve().name)):
         hint = f"; there is {', '.join(other)}, but only the test labels of VOC2007 are public: give a folder that holds it"
     for above in root.resolve().parents[:3]:
         if any(path for place in ("", "*/VOCdevkit/VOC2007/") for path in above.glob(place + name)):

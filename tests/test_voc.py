@@ -164,6 +164,11 @@ NEAR = {
         ".",
         "there is {root}/VOCdevkit/VOC2012, but only the test labels of VOC2007 are public",
     ),
+    "another year alone": (
+        lambda root: (lists(root) / "test.txt").unlink() or (root / "VOCdevkit/VOC2007").rename(root / "VOC2012"),
+        "VOC2012",
+        "there is {root}/VOC2012, but only",
+    ),
 }
 
 
