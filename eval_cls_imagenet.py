@@ -81,8 +81,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     if train.classes != val.classes:
         name = min(set(train.classes) ^ set(val.classes))
         parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
-    if len(train.classes) < 5:
-        parser.error(f"DIR {args.data}: {len(train.classes)} classes; top-5 accuracy needs five or more")
+    if len(train.classes) < 2:
+        parser.error(
+            f"DIR {args.data}: {len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
+        )
     check_numbers(parser, args, train, val)
     cli.check_output(parser, args)
     for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):
@@ -239,7 +241,8 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         if changed := first_difference(model.backbone, untouched):
             raise RuntimeError(f"the frozen backbone has changed: {changed}")
         figures |= validate(model.head, val_features, val_labels)
-        log(f"epoch {epoch + 1}/{args.epochs}  test_acc {figures['test_acc']:.2f} %  test_acc5 {figures['test_acc5']:.2f} %")
+        shown = "  ".join(f"{name} {value:.2f} %" for name, value in figures.items() if name.startswith("test"))
+        log(f"epoch {epoch + 1}/{args.epochs}  {shown}")
         record.write(epoch=epoch, **figures)
         board.write(epoch, **figures)
         history.append({"epoch": epoch, **figures})
@@ -286,9 +289,10 @@ def train_head(
 
 @torch.no_grad()
 def validate(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent over all validation images, the same on every rank."""
+    """Top-1 and, of five or more classes, top-5 accuracy in percent over all validation images, the same on every rank."""
     logits = head(features)  # (N, classes)
-    return {"test_acc": 100 * float(topk_accuracy(logits, labels)), "test_acc5": 100 * float(topk_accuracy(logits, labels, 5))}
+    ks = {"test_acc": 1, "test_acc5": 5}
+    return {name: 100 * float(topk_accuracy(logits, labels, k)) for name, k in ks.items() if k <= logits.shape[1]}
 
 
 def first_difference(network: nn.Module, expected: dict[str, Tensor]) -> str | None:
@@ -331,7 +335,8 @@ def save(
 def report(model: Probe, history: list[dict[str, float]], args: argparse.Namespace, classes: list[str]) -> None:
     """Print the last and the best accuracies; write --output."""
     last, best = history[-1], max(history, key=lambda figures: figures["test_acc"])
-    log(f"top-1 {last['test_acc']:.2f} %, top-5 {last['test_acc5']:.2f} %; best top-1 {best['test_acc']:.2f} %")
+    top5 = f", top-5 {last['test_acc5']:.2f} %" if "test_acc5" in last else ""
+    log(f"top-1 {last['test_acc']:.2f} %{top5}; best top-1 {best['test_acc']:.2f} %")
     write_result(args.output, vars(args), checkpoint=model.source, classes=classes, last=last, best=best, epochs=history)
 
 

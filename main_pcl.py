@@ -311,13 +311,14 @@ def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
 
 def draw_pictures(exp_dir: Path) -> None:
     """Draw the finished run; it stays finished if that fails."""
-    from pcl.figures import draw  # slow to import
-
     try:
+        from pcl.figures import draw  # slow to import
+
         draw(exp_dir)
         log(f"pictures: {exp_dir / 'figures'}")
     except Exception as error:  # the checkpoints are what the run was for
-        log(f"pictures could not be drawn ({error}); mend that and try: python -m pcl.figures {exp_dir}")
+        reason = " ".join(str(error).split())
+        log(f"pictures could not be drawn ({reason}); mend that and try: python -m pcl.figures {exp_dir}")
 
 
 def e_step(

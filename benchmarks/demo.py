@@ -75,8 +75,7 @@ def main() -> None:
         "random backbone": ["--random-init", "--arch", ARCH],
         "PCL backbone": ["--pretrained", checkpoint],
     }
-    probed = len(known.classes) >= 5  # fewer have no top-5 accuracy
-    rows = {name: evaluate(name.split()[0], options, data, run, size, probed) for name, options in weights.items()}
+    rows = {name: evaluate(name.split()[0], options, data, run, size) for name, options in weights.items()}
 
     seed_everything(0)
     networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(ARCH), "PCL backbone": load_backbone(checkpoint)[0]}
@@ -101,15 +100,13 @@ def script(name: str, *arguments: Any) -> None:
         sys.exit(code)
 
 
-def evaluate(name: str, weights: list[Any], data: Path, run: Path, size: int, probed: bool) -> dict[str, float]:
-    """Accuracy of the linear probe, if it is asked for, and mean average precision of the SVMs, in percent."""
-    figures = {}
-    if probed:
-        lr = 0.003 if name == "raw" else 0.03
-        options = f"--image-size {size} --lr {lr} -b 64 --epochs 10 --schedule 6 8 --seed 0 --nproc 1 -p 999".split()
-        output = run / f"probe_{name}.json"
-        script("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
-        figures["probe"] = json.loads(output.read_text())["last"]["test_acc"]
+def evaluate(name: str, weights: list[Any], data: Path, run: Path, size: int) -> dict[str, float]:
+    """Accuracy of the linear probe and mean average precision of the SVMs, in percent."""
+    lr = 0.003 if name == "raw" else 0.03
+    options = f"--image-size {size} --lr {lr} -b 64 --epochs 10 --schedule 6 8 --seed 0 --nproc 1 -p 999".split()
+    output = run / f"probe_{name}.json"
+    script("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
+    figures = {"probe": json.loads(output.read_text())["last"]["test_acc"]}
     common = ["--image-size", 2 * size, "--num-workers", available_cores(), run / "voc"]
     script("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
     script("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")

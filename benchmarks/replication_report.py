@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from pcl.figures import COLORS, DPI, MARKERS
+from pcl.figures import COLORS, DPI, MARKERS, Figure
 
 Scores = dict[str, dict[int, dict[str, float]]]  # of each method and seed the figures in percent
 

@@ -9,7 +9,7 @@ Letters: N images (or whatever the rows stand for), C features, K prototypes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcl.checks import above_zero, below, integer, tensors
+
 RESTARTS = 5  # published setting (faiss: nredo)
 ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
 RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
+CHUNK = 2**16  # rows that are held in double precision at once
+LARGEST = 1e15  # of a feature, so that its square is far within float32
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,18 @@ def concentration(
     Returns:
         (K,), of `distance`'s dtype: positive and finite, whatever the clusters hold.
 
+    Raises:
+        TypeError, ValueError: an argument that cannot be right.
+
     Clusters of at most one image take the largest phi; then all are clipped to their 10th and 90th percentile.
     """
-    distance, im2cluster = torch.as_tensor(distance), torch.as_tensor(im2cluster).long()
+    distance, im2cluster = tensors(distance=(distance, "n"), im2cluster=(im2cluster, "int n"))
+    num_cluster, temperature = integer("num_cluster", num_cluster, least=1), above_zero("temperature", temperature)
+    below("im2cluster", im2cluster.cpu(), num_cluster)
+    if not ((distance >= 0) & distance.isfinite()).all():
+        raise ValueError("distance must hold finite numbers of at least 0")
+    if alpha != 0:
+        above_zero("alpha", alpha)
     size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
     spread = torch.bincount(im2cluster, weights=distance.double(), minlength=num_cluster)  # (K,)
     return concentration_of_sums(size, spread, temperature, alpha).to(distance.dtype)
@@ -94,23 +107,31 @@ def kmeans(
     """One restart of faiss's k-means, the same to the bit as restart number `restart` inside a faiss run with several.
 
     Args:
-        features: (N, C) float32, N >= K.
+        features: (N, C) float, N >= K.
         num_cluster: K.
-        seed: seed of the whole run (all its restarts).
+        seed: seed of the whole run (all its restarts), any integer; faiss takes 31 bits of it.
         restart: 0..RESTARTS-1.
         device: a CUDA device clusters there if this faiss can; anything else on the CPU.
         algorithm: "super" is faiss's SuperKMeans, on the CPU, for C >= 32: it leaves out what is unlikely to be nearest.
 
     Returns:
         the objective (sum of squared distances, lower is better) and the raw centroids (K, C), float32.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right, features that are not finite.
     """
+    (features,) = _points(features=(features, "N C"))
     num_images, dim = features.shape
+    num_cluster = integer("num_cluster", num_cluster, 1, num_images)
+    seed, start_seed = seeds_of(seed, restart)
+    if algorithm not in ("faiss", "super") or (algorithm == "super" and dim < 32):
+        raise ValueError(f'algorithm {algorithm!r} of {dim} features: "faiss", or from 32 features on "super"')
     if num_images > MAX_POINTS * num_cluster:  # faiss's restarts share one subsample, drawn with the run's seed
         features = features[permutation(num_images, seed)[: MAX_POINTS * num_cluster]]
     settings = faiss.SuperKMeansParameters() if algorithm == "super" else faiss.ClusteringParameters()
     settings.niter, settings.nredo, settings.max_points_per_centroid = ITERATIONS, 1, MAX_POINTS
     settings.min_points_per_centroid = 1  # the published 10 only prints a warning, at every restart
-    settings.seed = seed + restart * RESTART_SEED_STEP
+    settings.seed = start_seed
     index = _flat_index(dim, device)  # also sets the number of threads
     if algorithm == "super":
         run = faiss.SuperKMeans(dim, num_cluster, settings)
@@ -123,10 +144,17 @@ def kmeans(
     return objective, faiss.vector_to_array(run.centroids).reshape(num_cluster, dim)
 
 
+def seeds_of(seed: int, restart: int) -> tuple[int, int]:
+    """Of a whole run and of one of its restarts, as faiss takes them: by a negative one it means the time of day."""
+    seed = integer("seed", seed, -np.inf)
+    return seed % 2**31, (seed + integer("restart", restart) * RESTART_SEED_STEP) % 2**31
+
+
 def permutation(count: int, seed: int) -> np.ndarray:
     """faiss's random order of 0..count-1, (count,) int32."""
+    count = integer("count", count, 0, 2**31 - 1)
     order = np.empty(count, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(order), count, seed)
+    faiss.rand_perm(faiss.swig_ptr(order), count, integer("seed", seed, -(2**63), 2**63 - 1))
     return order
 
 
@@ -142,14 +170,18 @@ def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, de
     Returns:
         the clustering, on the CPU.
     """
+    features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
     phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
     return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
 
 
-def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def nearest_centroids(
+    features: Tensor | np.ndarray, centroids: Tensor | np.ndarray, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
+    features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     index = _flat_index(features.shape[1], device)
     index.add(centroids)
     squared, im2cluster = index.search(features, 1)
@@ -164,15 +196,19 @@ def nearest_neighbours(
     Args:
         known: (N, C) float; unit length where the inner product is to be the cosine.
         query: (Q, C) float.
-        k: at most N.
+        k: 1 to N.
         device: as for `kmeans`.
 
     Returns:
         inner products (Q, k) float32, largest first, and row numbers (Q, k) int64, on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right, rows that are not finite.
     """
+    known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
-    index.add(_points(known))
-    product, row = index.search(_points(query), k)
+    index.add(known)
+    product, row = index.search(query, integer("k", k, 1, len(known)))
     return torch.from_numpy(product), torch.from_numpy(row)
 
 
@@ -194,7 +230,7 @@ def cluster_all(
     """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
 
     Args:
-        features: (N, C) float, unit length for PCL. On a CUDA device, faiss clusters there if it can.
+        features: (N, C) real numbers of any type, unit length for PCL. On a CUDA device, faiss clusters there if it can.
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
@@ -206,16 +242,16 @@ def cluster_all(
         a clustering for each granularity, on the device of `features`.
 
     Raises:
-        ValueError: more clusters than images.
-        RuntimeError: features that are not finite (from faiss).
+        TypeError, ValueError: more clusters than images, features that are not finite, an argument that cannot be right.
     """
-    if max(num_clusters) > len(features):
-        raise ValueError(f"{max(num_clusters)} clusters of {len(features)} images: ask for at most as many as there are")
-    seeds = range(len(num_clusters)) if seeds is None else seeds
-    features = torch.as_tensor(features)
-    device, points = features.device, _points(features)
+    (features,) = tensors(features=(features, "N C"))
+    device, temperature = features.device, above_zero("temperature", temperature)
+    granularities = granularities_of(num_clusters, seeds, len(features))
+    num_clusters = [k for k, _ in granularities]
+    rows, mean, size = held_by_float32(features.detach().cpu())
+    (points,) = _points(features=(rows, "N C"))
 
-    jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]
     cost = [k for k, _, _ in jobs]
     centroids: dict[tuple[int, int, int], np.ndarray] = {}  # of the jobs that this process has done
 
@@ -229,7 +265,7 @@ def cluster_all(
     def measure(job: tuple[int, int, int]) -> tuple[Tensor, ...]:
         if job not in best:
             return ()
-        found = describe(points, centroids[job], temperature, device)
+        (found,) = moved_back([describe(points, centroids[job], temperature, device)], [centroids[job]], mean, size)
         return found.im2cluster, found.prototypes, found.concentration
 
     # Jobs of the same cost are done where they were before: the centroids need not travel.
@@ -241,15 +277,77 @@ def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float,
     return cluster_all(features, [num_cluster], temperature, [seed])[0]
 
 
-def _points(features: Tensor | np.ndarray) -> np.ndarray:
-    """Rows as faiss takes them."""
-    return torch.as_tensor(features).detach().float().cpu().contiguous().numpy()
+def granularities_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images: int) -> list[tuple[int, int]]:
+    """K and seed of each, checked."""
+    num_clusters = [integer("num_clusters", k, least=1) for k in np.ravel(np.asarray(num_clusters, dtype=object))]
+    if max(num_clusters, default=0) > num_images:
+        raise ValueError(f"num_clusters: {max(num_clusters)} clusters of {num_images} images; ask for at most as many")
+    seeds = range(len(num_clusters)) if seeds is None else seeds
+    if len(seeds) != len(num_clusters):
+        raise ValueError(f"seeds: {len(seeds)} of them for {len(num_clusters)} granularities")
+    return list(zip(num_clusters, seeds, strict=True))
+
+
+def held_by_float32(
+    features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows (N, C) such that float32 holds their distances; the mean (C,) and the size by which they were moved and divided.
+
+    The clusters do not depend on either, but faiss's distances are differences of squares: where a common part is far
+    larger than the spread, nothing is left of them. Rows of unit length, as PCL's, and others that float32 holds stay as they
+    are; then the mean is None.
+
+    Args:
+        features: all rows, or those of this rank.
+        add_up: sums float64 tensors over the ranks.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    dim = features.shape[1]
+    sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
+    for rows in features.split(CHUNK):
+        rows = rows.double()
+        square = rows.square().sum(dim=1)
+        others = ((square - 1).abs() > 0.02).sum()
+        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
+    sums = add_up(sums)
+    if not sums.isfinite().all():
+        raise ValueError("features are not finite, or too large to be squared")
+    mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
+    square, one = square / count, torch.ones_like(count)
+    if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
+        return features, None, one
+    features = features.double() - mean
+    size = (add_up(features.square().sum()) / count).sqrt()
+    size = torch.where(size > 0, size, one)  # of identical rows
+    return (features / size).float(), mean, size
+
+
+def moved_back(
+    clusterings: list[Clustering], centroids: Sequence[Tensor | np.ndarray], mean: Tensor | None, size: Tensor
+) -> list[Clustering]:
+    """With the prototypes of the rows that `held_by_float32` was given, from the centroids of those that it gave."""
+    if mean is None:
+        return clusterings
+    rows = [F.normalize(mean + size * torch.as_tensor(c), dim=1, eps=1e-300).float() for c in centroids]  # float64 until here
+    return [replace(clustering, prototypes=p) for clustering, p in zip(clusterings, rows, strict=True)]
+
+
+def _points(**rows: tuple[Any, str]) -> list[np.ndarray]:
+    """Rows as faiss takes them without harm: float32, finite, on the CPU, of the shapes that `pcl.checks.tensors` is given."""
+    points = [tensor.detach().float().cpu().contiguous().numpy() for tensor in tensors(**rows)]
+    for name, array in zip(rows, points, strict=True):
+        if array.size and not (array.min() > -LARGEST and array.max() < LARGEST):
+            raise ValueError(f"{name} are not finite numbers below {LARGEST:g}")
+    return points
 
 
 def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRIC_L2) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
     faiss_has_gpu = hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0
-    if device is None or device.type != "cuda" or not faiss_has_gpu:
+    device = torch.device(device or "cpu")
+    if device.type != "cuda" or not faiss_has_gpu:
         return faiss.IndexFlat(dim, metric)
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0

@@ -11,19 +11,36 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import matplotlib
+except (OSError, ValueError):  # of MPLBACKEND as a notebook sets it, or of a broken matplotlibrc: a file needs neither
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        del sys.modules[name]
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
+    here = os.getcwd()
+    os.chdir("/")  # the current folder's matplotlibrc would come first
+    import matplotlib
+
+    os.chdir(here)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pcl import checkpoint
+from pcl.distributed import FORESEEN, RunError, reason_of
 from pcl.images import UnreadableImageError, read_image
 from pcl.loader import IndexedFolder
+from pcl.logs import log
 from pcl.monitor import LAST_E_STEP
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a
@@ -37,7 +54,9 @@ DPI = 150
 
 
 def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
-    """Draw everything that the folder has the data for.
+    """Draw everything that the folder has the data for, in matplotlib's own style.
+
+    A file may be damaged or of something else: what cannot be drawn from it is left out, with a line that names it.
 
     Args:
         exp_dir: of a run of `main_pcl.py`, finished or not.
@@ -47,72 +66,93 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
         the files written.
 
     Raises:
-        FileNotFoundError: nothing to draw from.
-        CheckpointError: a damaged file of the last E-step.
+        RunError: nothing could be drawn.
     """
-    arguments, epochs = read_log(exp_dir / "log.jsonl")
-    pictures: dict[str, Figure] = {}
-    if any("seconds" in figures for figures in epochs.values()):  # an epoch has come to its end
-        pictures["training_curves"] = training_curves(epochs, arguments)
-        pictures["seconds"] = seconds(epochs)
-    if (exp_dir / LAST_E_STEP).is_file():
-        last = checkpoint.load(exp_dir / LAST_E_STEP)
-        pictures["tsne"] = tsne(last)
-        if last["granularities"]:
-            pictures["concentration"] = concentration_against_size(last)
-            images = training_images(arguments, last)
-            if images:
-                for granularity in last["granularities"]:
-                    name = f"prototypes_{len(granularity['prototypes'])}"
-                    pictures[name] = nearest_images(granularity, last, images)
-    full, low_shot = read_results([*sorted(exp_dir.glob("*.json")), *results])
-    if full:
-        pictures["ap_per_class"] = ap_per_class(full)
-    if low_shot:
-        pictures["low_shot"] = low_shot_curves(low_shot)
-    if not pictures:
-        raise FileNotFoundError(f"{exp_dir} holds no log.jsonl with figures and no result of eval_svm_voc.py")
+    written: list[Path] = []
+    failures: dict[Path, str] = {}
 
-    folder = exp_dir / "figures"
-    folder.mkdir(exist_ok=True)
-    for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return [folder / f"{name}.png" for name in pictures]
+    @contextmanager
+    def using(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds, since the file may hold anything
+            reason = f"{path} does not hold what it should ({type(error).__name__}: {error})"
+            failures.setdefault(path, " ".join((reason_of(error) if isinstance(error, FORESEEN) else reason).split()))
+
+    def picture(name: str, source: Path, make: Callable[..., Figure], *data: Any) -> None:
+        path = exp_dir / "figures" / f"{name}.png"
+        with using(source):
+            figure = make(*data)
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=DPI)
+            written.append(path)
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        arguments: dict[str, Any] = {}
+        if (source := exp_dir / "log.jsonl").exists():
+            with using(source):
+                arguments, epochs = read_log(source)
+                if any("seconds" in figures for figures in epochs.values()):  # an epoch has come to its end
+                    picture("training_curves", source, training_curves, epochs, arguments)
+                    picture("seconds", source, seconds, epochs)
+        if (source := exp_dir / LAST_E_STEP).exists():
+            with using(source):
+                last = checkpoint.load(source)
+                picture("tsne", source, tsne, last)
+                if granularities := last["granularities"]:
+                    picture("concentration", source, concentration_against_size, last)
+                    if images := training_images(arguments, last):
+                        for granularity in granularities:
+                            name = f"prototypes_{len(granularity['prototypes'])}"
+                            picture(name, source, nearest_images, granularity, last, images)
+        full: dict[str, dict] = {}
+        low_shot: dict[str, dict] = {}
+        for source in [*sorted(exp_dir.glob("*.json")), *results]:
+            with using(source):
+                result = json.loads(source.read_text())
+                if source not in results and not (isinstance(result, dict) and "checkpoint" in result):
+                    continue
+                name = name_of(result)
+                for kind, found, make in (("full", full, ap_per_class), ("low_shot", low_shot, low_shot_curves)):
+                    if kind in result:
+                        make({name: result[kind]})  # one that cannot be drawn must not spoil the picture of all
+                        found[name if name not in found else f"{name} ({source.stem})"] = result[kind]
+        if full:
+            picture("ap_per_class", exp_dir, ap_per_class, full)
+        if low_shot:
+            picture("low_shot", exp_dir, low_shot_curves, low_shot)
+    if not written:
+        reasons = "; ".join(failures.values()) or "it holds no log.jsonl with figures and no result of eval_svm_voc.py"
+        raise RunError(f"{exp_dir}: nothing can be drawn: {reasons}")
+    for failure in failures.values():
+        log(f"left out: {failure}")
+    return written
 
 
 def read_log(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
     """The arguments of the last start of a run, and each epoch's figures (of a repeated epoch the last ones)."""
     arguments: dict[str, Any] = {}
     epochs: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off where the machine stopped
-            continue
-        arguments = record.get("args", arguments)
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):  # cut off where the machine stopped
+            records.append(json.loads(line))
+    if not records:
+        raise ValueError("no line is a record")
+    for record in records:
+        arguments = dict(record.get("args", arguments))
         if "epoch" in record and "step" not in record:
             epochs.setdefault(record["epoch"], {}).update(record)
     return arguments, dict(sorted(epochs.items()))
 
 
-def read_results(paths: Sequence[Path]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The results of `eval_svm_voc.py` among the files, by what was evaluated: with all labels, and with few."""
-    full: dict[str, dict] = {}
-    low_shot: dict[str, dict] = {}
-    for path in paths:
-        result = json.loads(path.read_text())
-        if not isinstance(result, dict) or "checkpoint" not in result:
-            continue
-        source = result["checkpoint"]
-        names = {"none": "raw pixels", "random": f"random {source['arch']}"}
-        file = Path(source["weights"])
-        name = names.get(source["weights"]) or f"{source['arch']}, {file.parent.name}/{file.name.partition('.')[0]}"
-        name += f", {result['settings']['image_size']} pixels"
-        for kind, found in (("full", full), ("low_shot", low_shot)):
-            if kind in result:
-                label = name if name not in found else f"{name} ({path.stem})"
-                found[label] = result[kind]
-    return full, low_shot
+def name_of(result: dict[str, Any]) -> str:
+    """What a result of `eval_svm_voc.py` is of."""
+    source = result["checkpoint"]
+    names = {"none": "raw pixels", "random": f"random {source['arch']}"}
+    file = Path(source["weights"])
+    name = names.get(source["weights"]) or f"{source['arch']}, {file.parent.name}/{file.name.partition('.')[0]}"
+    return f"{name}, {result['settings']['image_size']} pixels"
 
 
 def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedFolder | None:
@@ -123,7 +163,7 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     except OSError:
         images = None
     if images is None or len(images) != len(last["labels"]):
-        print(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
+        log(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
         return None
     return images
 
@@ -375,9 +415,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         written = draw(args.exp_dir, args.results)
-    except (OSError, checkpoint.CheckpointError) as error:
+    except RunError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print("\n".join(map(str, written)))
+    log("\n".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcl.checks import above_zero, below, integer, tensors
+
 if TYPE_CHECKING:
     from pcl.clustering import Clustering
 
@@ -27,9 +29,15 @@ def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> 
 
     Returns:
         logits (B, 1 + r) and target (B,), all zero.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, or a temperature that is not above 0 (of a tensor it is not asked).
     """
-    positive = (q * k).sum(dim=1, keepdim=True)  # (B, 1)
-    logits = torch.cat([positive, q @ queue], dim=1) / temperature  # (B, 1 + r)
+    q, k, queue = tensors(q=(q, "B C"), k=(k, "B C"), queue=(queue, "C r"))
+    if not isinstance(temperature, Tensor):
+        above_zero("temperature", temperature)
+    own = (q * k).sum(dim=1, keepdim=True)  # (B, 1)
+    logits = torch.cat([own, q @ queue], dim=1) / temperature  # (B, 1 + r)
     return logits, torch.zeros(len(q), dtype=torch.long, device=q.device)
 
 
@@ -46,7 +54,13 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
 
     A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch;
     `prototype_loss` never waits.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right.
     """
+    (positive,) = tensors(positive=(positive, "int B"))
+    num_prototypes, r = integer("num_prototypes", num_prototypes, least=1), integer("r", r)
+    below("positive", positive, num_prototypes)
     negative, other = _draw(positive, num_prototypes, r)
     return negative if other is None else negative[other]
 
@@ -75,11 +89,18 @@ def prototype_logits(
     Returns:
         logits (B, B + r) and target (B,), the diagonal: as published, the prototypes of the other images in the batch
         are negatives too, even where two images share one.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right.
     """
+    q, positive, negative, prototypes, phi = tensors(
+        q=(q, "B C"), positive=(positive, "int B"), negative=(negative, "int r"),
+        prototypes=(clustering.prototypes, "K C"), concentration=(clustering.concentration, "K"),
+    )  # fmt: skip
     chosen = torch.cat([positive, negative])  # (B + r,)
     # On a CPU index_select takes a sixth of the time of an index in brackets.
-    logits = q @ clustering.prototypes.index_select(0, chosen).T  # (B, B + r)
-    logits = logits / clustering.concentration.index_select(0, chosen)
+    logits = q @ prototypes.index_select(0, chosen).T  # (B, B + r)
+    logits = logits / phi.index_select(0, chosen)
     if mask_duplicates:
         same = (positive[:, None] == positive).fill_diagonal_(False)  # (B, B)
         logits = logits.masked_fill(F.pad(same, (0, len(negative))), -torch.inf)
@@ -100,10 +121,18 @@ def prototype_loss(
 
     Returns:
         the loss and the share of queries nearest to their own prototype (both scalars, the second without gradient).
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right.
     """
+    q, index = tensors(q=(q, "B C"), index=(index, "int B"))
+    r = integer("r", r)
+    if not clusterings:
+        raise ValueError("clusterings is empty")
     losses, hits = [], []
     for clustering in clusterings:
-        positive = clustering.im2cluster[index]  # (B,)
+        below("index", index, len(clustering.im2cluster))
+        positive = clustering.im2cluster[index.to(clustering.im2cluster.device)].to(q.device)  # (B,)
         negative, other = _draw(positive, clustering.num_used, r)  # (r,), (r,)
         logits, target = prototype_logits(q, positive, negative, clustering, mask_duplicates)  # (B, B + r)
         if other is not None:  # fewer than r others: those drawn beyond them take no part

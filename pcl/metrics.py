@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcl.checks import above_zero, integer, tensors
 from pcl.clustering import nearest_neighbours
 
 
 def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
     """Share of rows of (B, classes) logits whose target (B,) is among the k largest; a scalar in 0..1 on their device."""
+    logits, target = tensors(logits=(logits, "B classes"), target=(target, "int B"))
+    k = integer("k", k, 1, logits.shape[1])
     return (logits.topk(k, dim=1).indices == target[:, None]).any(dim=1).float().mean()
 
 
@@ -27,14 +30,18 @@ def knn_accuracy(
 
     Args:
         known: (N, C) features, of any length.
-        known_label: (N,) int64, from 0.
+        known_label: (N,) integer.
         query: (Q, C) features.
-        label: (Q,) int64.
+        label: (Q,) integer.
         k: neighbours; all known images if there are fewer.
         temperature: small ones listen to the nearest alone.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be right, as in all functions here.
     """
-    known, query = F.normalize(known, dim=1), F.normalize(query, dim=1)
-    cosine, near = nearest_neighbours(known, query, min(k, len(known)), known.device)  # (Q, k)
+    known, known_label, query, label = _labelled(known, known_label, query, label)
+    k, temperature = min(integer("k", k, least=1), len(known)), above_zero("temperature", temperature)
+    cosine, near = nearest_neighbours(known, query, k, known.device)  # (Q, k)
     return _share_of_right_votes((cosine / temperature).exp(), known_label.cpu()[near], label.cpu())
 
 
@@ -45,13 +52,17 @@ def leave_one_out_accuracy(
 
     Args:
         features: (N, C), of any length; N is at least 2.
-        label: (N,) int64, from 0.
+        label: (N,) integer.
         k, temperature: as for `knn_accuracy`.
         most: images to classify; of more, that many are drawn.
         seed: of that choice.
     """
-    features = F.normalize(features, dim=1)
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(features))[:most])  # (Q,)
+    features, label = tensors(features=(features, "N C"), label=(label, "int N"))
+    k, most, temperature = integer("k", k, 1), integer("most", most, 1), above_zero("temperature", temperature)
+    if len(features) < 2:
+        raise ValueError("features holds one image; there are no others to classify it by")
+    features = F.normalize(features.detach(), dim=1)
+    chosen = torch.from_numpy(np.random.default_rng(integer("seed", seed)).permutation(len(features))[:most])  # (Q,)
     # One more neighbour, since an image is its own nearest one (or one of several that are equal to it).
     count = min(k + 1, len(features))
     cosine, near = nearest_neighbours(features, features[chosen.to(features.device)], count, features.device)
@@ -64,9 +75,21 @@ def leave_one_out_accuracy(
     return _share_of_right_votes(weight, label[near], label[chosen])
 
 
+def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) -> list[Tensor]:
+    """Checked, on one device, the features (N, C) and (Q, C) of unit length."""
+    known, known_label, query, label = tensors(
+        known=(known, "N C"), known_label=(known_label, "int N"), query=(query, "Q C"), label=(label, "int Q")
+    )
+    for name, rows in (("known", known), ("query", query)):
+        if not rows.isfinite().all():
+            raise ValueError(f"{name} must hold finite numbers")
+    return [F.normalize(known.detach(), dim=1), known_label, F.normalize(query.detach(), dim=1), label]
+
+
 def _share_of_right_votes(weight: Tensor, voted: Tensor, truth: Tensor) -> float:
     """Each row's (Q, k) weights go to the labels (Q, k); the heaviest label is compared with the truth (Q,)."""
-    classes = int(max(voted.max(), truth.max())) + 1
+    labels, code = torch.cat([voted.flatten(), truth]).unique(return_inverse=True)  # labels may be any integers
+    voted, truth, classes = code[: -len(truth)].view_as(voted), code[-len(truth) :], len(labels)
     hits = 0
     for w, v, t in zip(weight.split(1024), voted.split(1024), truth.split(1024), strict=True):
         votes = w.new_zeros(len(w), classes).scatter_add_(1, v, w)
@@ -84,8 +107,9 @@ def one_shot_accuracy(
         draws: how often one image of each class is chosen.
         seed: of the choices.
     """
-    known, query = F.normalize(known, dim=1), F.normalize(query, dim=1)
-    generator = torch.Generator().manual_seed(seed)
+    known, known_label, query, label = _labelled(known, known_label, query, label)
+    draws = integer("draws", draws, least=1)
+    generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
     classes = known_label.unique()
     accuracy = []
     for _ in range(draws):
@@ -106,7 +130,8 @@ def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarra
     """
     from sklearn.metrics.cluster import contingency_matrix, mutual_info_score  # slow to import
 
-    table = contingency_matrix(torch.as_tensor(im2cluster).cpu(), torch.as_tensor(label).cpu(), sparse=True)
+    im2cluster, label = tensors(im2cluster=(im2cluster, "int N"), label=(label, "int N"))
+    table = contingency_matrix(im2cluster.cpu(), label.cpu(), sparse=True)
     size, shown = np.asarray(table.sum(axis=1)).ravel(), np.asarray(table.sum(axis=0)).ravel()
     purity = float(table.max(axis=1).sum() / table.sum())
     if len(size) == len(shown) == 1:
@@ -159,14 +184,15 @@ def average_precision(target: Tensor | np.ndarray, score: Tensor | np.ndarray) -
     Source: the PASCAL VOC development kit from 2010 on; neither its 11-point rule of 2007 nor scikit-learn's
     `average_precision_score`, which does not interpolate.
     """
-    positive, score = np.asarray(target) > 0, np.asarray(score, dtype=np.float64)
-    if not positive.any():
+    target, score = (x.detach().cpu().double().numpy() for x in tensors(target=(target, "N"), score=(score, "N")))
+    shown = target > 0
+    if not shown.any():
         raise ValueError("average precision of no positive is not defined")
     if not np.isfinite(score).all():
         raise ValueError("scores are not finite")
     order = np.argsort(-score)
     last = np.append(np.diff(score[order]) != 0, True)  # of the images that share a score
-    found = np.cumsum(positive[order])[last]  # (thresholds,) positives at least as high
-    recall, precision = found / positive.sum(), found / (np.flatnonzero(last) + 1)
+    found = np.cumsum(shown[order])[last]  # (thresholds,) positives at least as high
+    recall, precision = found / shown.sum(), found / (np.flatnonzero(last) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))

@@ -14,9 +14,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pcl.distributed import FORESEEN, RunError, reason_of
 from pcl.loader import IndexedFolder
 
 SOURCE = Path(__file__).with_name("samples.npz")
+
+
+def refuse_other_data(root: Path) -> None:
+    """RunError if there is data of other classes, which would be mixed with the samples or overwritten."""
+    with np.load(SOURCE) as samples:
+        known = set(samples["classes"])
+    found = [path.name for split in ("train", "val") for path in (root / split).glob("[!.]*")]
+    found += [path.name.rpartition("_")[0] for path in (root / "VOCdevkit/VOC2007/ImageSets/Main").glob("*_*.txt")]
+    if other := sorted(set(found) - known):
+        raise RunError(f"it holds data of another kind, such as {other[0]}; name a new folder")
 
 
 def write_image_folder(root: Path, source: Path = SOURCE) -> None:
@@ -76,15 +87,22 @@ def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m pcl.samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", type=Path, metavar="DIR", help="the folder to write; made if need be")
     return parser
 
 
 def main() -> None:
-    root = get_parser().parse_args().root
-    write_image_folder(root)
-    write_voc(root, root)
+    parser = get_parser()
+    root = parser.parse_args().root
+    try:
+        refuse_other_data(root)
+        write_image_folder(root)
+        write_voc(root, root)
+    except FORESEEN as error:
+        parser.exit(2, f"{parser.prog}: error: DIR {root}: {reason_of(error)}\n")
     counts = {split: len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val")}
     print(
         ", ".join(f"{count} images in {root / split}" for split, count in counts.items())

@@ -20,15 +20,19 @@ from faiss.contrib.clustering import kmeans
 from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
+from pcl.checks import above_zero, integer, tensors
 from pcl.clustering import (
     ITERATIONS,
     MAX_POINTS,
-    RESTART_SEED_STEP,
     RESTARTS,
     Clustering,
     concentration_of_sums,
+    granularities_of,
+    held_by_float32,
+    moved_back,
     nearest_centroids,
     permutation,
+    seeds_of,
 )
 from pcl.distributed import add_over_ranks, gather_interleaved, get_rank, get_world_size
 
@@ -61,21 +65,24 @@ def cluster_all_sharded(
         rounding.
 
     Raises:
-        ValueError: more clusters than images, or features that are not finite.
+        TypeError, ValueError: more clusters than images, features that are not finite, an argument that cannot be right.
     """
-    if max(num_clusters) > num_images:
-        raise ValueError(f"{max(num_clusters)} clusters of {num_images} images: ask for at most as many as there are")
-    # A sum for each row is not finite if one of its features is not; no second copy is made of them.
-    if float(add_over_ranks((~features.sum(dim=1).isfinite()).sum().double())):
-        raise ValueError("features are not finite")
-    seeds = range(len(num_clusters)) if seeds is None else seeds
-    jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    features = tensors(features=(features, "n C"))[0].detach()
+    num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
+    granularities = granularities_of(num_clusters, seeds, num_images)
+    rows = int(add_over_ranks(torch.tensor(len(features), device=features.device)))
+    if rows != num_images:
+        raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
+    features, mean, size = held_by_float32(features, add_over_ranks)
+    features = features.float().contiguous()
+    jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
     best = []
-    for _ in num_clusters:
+    for _ in granularities:
         restarts = (next(runs) for _ in range(RESTARTS))
         best.append(min(restarts, key=lambda run: run[0])[1])  # of equal ones the first, as in faiss
-    return [describe_sharded(features, num_images, centroids, temperature, tf32) for centroids in best]
+    clusterings = [describe_sharded(features, num_images, centroids, temperature, tf32) for centroids in best]
+    return moved_back(clusterings, best, mean, size)
 
 
 def kmeans_sharded(
@@ -94,7 +101,10 @@ def kmeans_sharded(
     """
     # faiss's own choice of images to learn from and to start from: its restarts are repeated up to rounding, until a cluster
     # runs empty and is filled by other random numbers.
-    seen, start_seed = None, seed + restart * RESTART_SEED_STEP
+    features = tensors(features=(features, "n C"))[0].detach()
+    num_images = integer("num_images", num_images, 1)
+    num_cluster = integer("num_cluster", num_cluster, 1, num_images)
+    seen, (seed, start_seed) = None, seeds_of(seed, restart)
     if num_images > MAX_POINTS * num_cluster:
         seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]
     first = permutation(num_images if seen is None else len(seen), start_seed + 1)[:num_cluster]
@@ -102,8 +112,8 @@ def kmeans_sharded(
     if seen is not None:
         world = get_world_size()
         features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
-    # faiss draws what it fills empty clusters by from a seed of 32 bits. It prints a word, whatever it is told.
-    options = {"niter": ITERATIONS, "seed": start_seed % 2**32, "verbose": False, "return_stats": True}
+    # faiss prints a word, whatever it is told.
+    options = {"niter": ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
     with contextlib.redirect_stdout(io.StringIO()):
         centroids, steps = kmeans(num_cluster, Share(features, start, tf32), **options)
     return steps[-1]["obj"], centroids.float()
@@ -162,7 +172,7 @@ def describe_sharded(
 def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     """Squared L2 distance to, and number of, the nearest centroid of each row: (n,) float32 and (n,) int64."""
     if features.device.type != "cuda":
-        return nearest_centroids(features.numpy(), centroids.numpy())
+        return nearest_centroids(features, centroids)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:

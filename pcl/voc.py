@@ -2,7 +2,7 @@
 
 Any folder of this shape will do; its classes are those that ImageSets/Main lists:
 
-    DIR/VOCdevkit/VOC2007/JPEGImages/000005.jpg
+    DIR/VOCdevkit/VOC2007/JPEGImages/000005.jpg                           or another ending
     DIR/VOCdevkit/VOC2007/ImageSets/Main/{trainval,test}.txt              a name in each line
     DIR/VOCdevkit/VOC2007/ImageSets/Main/<class>_{trainval,test}.txt      a name and 1, -1 or 0 (difficult)
 
@@ -11,8 +11,12 @@ Letters: N images.
 
 from __future__ import annotations
 
+import codecs
 import http.client
+import os
+import re
 import tarfile
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +29,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from pcl.images import read_image
+from pcl.images import find_images, read_image
 
 
 class VOCError(ValueError):
@@ -36,7 +40,7 @@ class VOCSplit(Dataset):
     """One split of a VOC-shaped folder.
 
     Args:
-        root: DIR, the folder that holds VOCdevkit.
+        root: DIR, the folder that holds VOCdevkit (`find_folder` tells which others will do).
         split: "trainval" or "test".
         transform: from a PIL image (RGB) to what is returned with the image's index.
 
@@ -50,32 +54,65 @@ class VOCSplit(Dataset):
     """
 
     def __init__(self, root: str | Path, split: str, transform: Callable[[Image.Image], Any]) -> None:
-        folder = Path(root) / "VOCdevkit" / "VOC2007"
-        lists, self._images, self.transform = folder / "ImageSets" / "Main", folder / "JPEGImages", transform
-        self.names = [line.split()[0] for line in _lines(lists / f"{split}.txt")]
-        if len(set(self.names)) < len(self.names):
-            raise VOCError(f"{lists / f'{split}.txt'} names an image twice")
+        folder, self.transform = find_folder(Path(root), split), transform
+        lists, images = folder / "ImageSets" / "Main", _images_by_name(folder / "JPEGImages")
+        self.names = _lines(lists / f"{split}.txt")
         if not self.names:
             raise VOCError(f"{lists / f'{split}.txt'} names no image")
         # A class may be called "train": "train_trainval.txt" is its list.
-        self.classes = sorted(path.name.removesuffix("_trainval.txt") for path in lists.glob("?*_trainval.txt"))
+        names = find_folder(Path(root), "trainval") / "ImageSets" / "Main"
+        self.classes = sorted(path.name.removesuffix("_trainval.txt") for path in names.glob("?*_trainval.txt"))
         if not self.classes:
-            raise VOCError(f"{lists} holds no <class>_trainval.txt")
-        columns = [_read_labels(lists / f"{name}_{split}.txt", self.names) for name in self.classes]
+            raise VOCError(f"{names} holds no <class>_trainval.txt")
+        meant = [images.get(name, [name]) for name in self.names]
+        self._paths = [paths[0] for paths in meant]
+        if len(set(self._paths)) < len(meant):
+            raise VOCError(f"{lists / f'{split}.txt'} names an image twice")
+        columns = [_read_labels(lists / f"{name}_{split}.txt", self._paths, images) for name in self.classes]
         self.labels = np.stack(columns, axis=1)
-        have = {path.name for path in self._images.glob("*.jpg")}
-        absent = [name for name in self.names if f"{name}.jpg" not in have]
-        if absent:
-            raise VOCError(f"{len(absent)} images of {split} are missing, the first {self._images / f'{absent[0]}.jpg'}{HINT}")
+        if several := [paths for paths in meant if len(paths) > 1]:
+            raise VOCError(f"{several[0][0]} and {several[0][1]} have one name in the lists; remove or rename one of them")
+        if absent := [name for name in self.names if name not in images]:
+            first = folder / "JPEGImages" / absent[0]
+            raise VOCError(
+                f"{len(absent)} images of {split} are missing, the first {first}.jpg (or another ending); put them there{HINT}"
+            )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(read_image(self._images / f"{self.names[index]}.jpg")), index
+        return self.transform(read_image(self._paths[index])), index
+
+
+def find_folder(root: Path, split: str) -> Path:
+    """The folder such as VOCdevkit/VOC2007 that has this split's list: in `root`, `root` itself, or a few folders deeper.
+
+    Of the archives, unpacked apart, one has the training images and the other one the test images.
+
+    Raises:
+        VOCError: none or several, with what lies near.
+    """
+    name = f"ImageSets/Main/{split}.txt"
+    for place in ("VOCdevkit/VOC2007/", "", "VOC2007/", "*/VOC2007/", "*/VOCdevkit/VOC2007/", "*/*/VOCdevkit/VOC2007/"):
+        found = [path.parents[2] for path in sorted(root.glob(place + name))]
+        if len(found) > 1:
+            raise VOCError(f"{split}.txt lies in {' and '.join(map(str, found))}; name one of them instead")
+        if found:
+            return found[0]
+    hint = HINT
+    near = {path.parent for place in ("", "VOC*/", "*/VOC*/", "*/VOCdevkit/VOC*/") for path in root.glob(f"{place}ImageSets")}
+    if other := sorted(str(folder) for folder in near if re.fullmatch("VOC20(?!07)..", folder.resolve().name)):
+        hint = f"; there is {', '.join(other)}, but only the test labels of VOC2007 are public: give a folder that holds it"
+    for above in root.resolve().parents[:3]:
+        if any(path for place in ("", "*/VOCdevkit/VOC2007/") for path in above.glob(place + name)):
+            hint = f"; give {above} instead, which has it"
+            break
+    raise VOCError(f"{root / 'VOCdevkit' / 'VOC2007' / name}: no such file{hint}")
 
 
 HINT = "; --download fetches VOC2007"
+DATA_FILTER = getattr(tarfile, "data_filter", None)  # Python 3.11.2 (Debian 12) has none
 
 
 def draw_low_shot(labels: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
@@ -142,30 +179,61 @@ def unpack(archive: Path, root: Path) -> None:
     """Extract a tar archive below `root`; a member that would leave it is an error (VOCError) and is not written."""
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
+            tar.extraction_filter = DATA_FILTER
+            for member in tar if DATA_FILTER is None else ():
+                if not (member.isreg() or member.isdir()) or {"", ".."} & {*member.name.split("/")}:
+                    raise tarfile.TarError(f"{member.name} is no file inside the folder")
+            tar.extractall(root)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise VOCError(f"{archive} cannot be unpacked: {error}") from error
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in _text(path.read_bytes()).splitlines() if line.strip()]
     except FileNotFoundError:
         raise VOCError(f"{path}: no such file{HINT}") from None
     except OSError as error:
         raise VOCError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise VOCError(f"{path} is not a text file in UTF-8") from None
+        raise VOCError(f"{path} is not a text file in UTF-8, UTF-16 or Latin-1") from None
 
 
-def _read_labels(path: Path, names: list[str]) -> np.ndarray:
+def _text(content: bytes) -> str:
+    """Of a list or a file's name, as programs on any system write them."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16")
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+    return unicodedata.normalize("NFC", text)  # macOS may take letters and their accents apart
+
+
+def _images_by_name(folder: Path) -> dict[str, list[str]]:
+    """Paths of the images by their names below the folder, with and without the ending."""
+    found: dict[str, list[str]] = {}
+    try:
+        paths = find_images(str(folder))
+    except OSError as error:
+        raise VOCError(f"{folder} cannot be read: {error.strerror}") from None
+    for path in paths:
+        name = _text(os.fsencode(os.path.relpath(path, folder)))
+        for key in (name, os.path.splitext(name)[0]):
+            found.setdefault(key, []).append(path)
+    return found
+
+
+def _read_labels(path: Path, paths: list[str], images: dict[str, list[str]]) -> np.ndarray:
+    """The labels of these images, (N,)."""
     labels = {}
     for number, line in enumerate(_lines(path), start=1):
-        fields = line.split()
+        fields = line.rsplit(maxsplit=1)
         if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
             raise VOCError(f"{path}, line {number}: {line.strip()!r} is not a name and 1, -1 or 0")
-        labels[fields[0]] = int(fields[1])
-    without = [name for name in names if name not in labels]
+        labels[images.get(fields[0], [fields[0]])[0]] = int(fields[1])
+    without = [image for image in paths if image not in labels]
     if without:
-        raise VOCError(f"{path} lacks {len(without)} of the {len(names)} images, the first {without[0]}")
-    return np.array([labels[name] for name in names], dtype=np.int8)
+        raise VOCError(f"{path} lacks {len(without)} of the {len(paths)} images, the first {Path(without[0]).stem}")
+    return np.array([labels[image] for image in paths], dtype=np.int8)

@@ -7,6 +7,7 @@ from conftest import GOLDEN, save_result
 from pcl import clustering
 from pcl.clustering import Clustering, cluster, cluster_all, concentration, describe, nearest_neighbours
 from pcl.distributed import shared_map
+from pcl.metrics import cluster_agreement
 
 
 def unit_rows(n, c, seed=0):
@@ -103,8 +104,126 @@ def test_identical_images_give_usable_clusters():
 def test_more_clusters_than_images_and_features_that_are_not_finite_are_errors():
     with pytest.raises(ValueError, match="11 clusters of 10 images"):
         cluster(unit_rows(10, 4), 11, 0.2)
-    with pytest.raises(RuntimeError, match="NaN"):
-        cluster(torch.full((10, 4), float("nan")), 2, 0.2)
+    features = unit_rows(5000, 4)
+    for wrong in (torch.nan, -torch.inf):
+        features[clustering.permutation(5000, 0)[2000]] = wrong  # k-means does not see it
+        with pytest.raises(ValueError, match="features are not finite"):
+            cluster(features, 2, 0.2)
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+AS = {
+    "a tensor that wants a gradient": lambda x: torch.from_numpy(x).requires_grad_(),
+    "big-endian": lambda x: x.astype(">f4"),
+    "double": lambda x: x.astype(np.float64),
+    "long double": lambda x: x.astype(np.longdouble),
+    "columns in order": np.asfortranarray,
+    "read-only": read_only,
+    "a view": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+    "a list": lambda x: x.tolist(),
+    "turned round twice": lambda x: x[::-1].copy()[::-1],
+}
+
+
+@pytest.mark.parametrize("convert", AS.values(), ids=AS)
+@pytest.mark.filterwarnings("error")
+def test_features_and_numbers_may_be_of_any_type(convert):
+    x = unit_rows(60, 8).numpy()
+    ours = cluster(convert(x), np.int16(5), np.float32(0.25), seed=np.uint64(3))
+    expected = cluster(x, 5, 0.25, seed=3)
+    for name in expected.__dataclass_fields__:
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_features_of_few_bits_are_taken(dtype):
+    x = (4 * unit_rows(60, 8)).to(dtype)
+    assert torch.equal(cluster(x, 5, 0.2).im2cluster, cluster(x.float(), 5, 0.2).im2cluster)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31 - 1, 2**31, 10**30])
+def test_seeds_of_any_size_repeat(seed):
+    first, second = (cluster(unit_rows(50, 8), 5, 0.2, seed=seed) for _ in range(2))
+    assert torch.equal(first.prototypes, second.prototypes)
+
+
+X = unit_rows(20, 8)
+WRONG = {
+    "K = 0": (lambda: cluster(X, 0, 0.2), "num_cluster"),
+    "K = -1": (lambda: cluster(X, -1, 0.2), "num_cluster"),
+    "K = 7.5": (lambda: cluster(X, 7.5, 0.2), "num_cluster"),
+    "K = True": (lambda: cluster(X, True, 0.2), "num_cluster"),
+    "a fraction for a seed": (lambda: cluster(X, 5, 0.2, seed=0.5), "seed"),
+    "one dimension": (lambda: cluster(X[0], 5, 0.2), "features"),
+    "three dimensions": (lambda: cluster(X[None], 5, 0.2), "features"),
+    "no row": (lambda: cluster(X[:0], 5, 0.2), "features"),
+    "no column": (lambda: cluster(X[:, :0], 5, 0.2), "features"),
+    "complex numbers": (lambda: cluster(X.numpy() + 1j, 5, 0.2), "features"),
+    "words": (lambda: cluster([["a", "b"]], 1, 0.2), "features"),
+    "rows of several lengths": (lambda: cluster([[1], [1, 2]], 1, 0.2), "features"),
+    "a sparse tensor": (lambda: cluster(X.to_sparse(), 5, 0.2), "features"),
+    "temperature 0": (lambda: cluster(X, 5, 0), "temperature"),
+    "numbers too large": (lambda: cluster(X.double() * 1e200, 5, 0.2), "features"),
+    "no temperature": (lambda: cluster(X, 5, None), "temperature"),
+    "temperature NaN": (lambda: cluster(X, 5, float("nan")), "temperature"),
+    "a seed too few": (lambda: cluster_all(X, [5, 6], 0.2, seeds=[1]), "seeds"),
+    "super in few dimensions": (lambda: cluster_all(X, [5], 0.2, algorithm="super"), "algorithm"),
+    "another algorithm": (lambda: clustering.kmeans(X.numpy(), 5, 0, algorithm="best"), "algorithm"),
+    "kmeans, K > N": (lambda: clustering.kmeans(X.numpy(), 21, 0), "num_cluster"),
+    "centroids of other columns": (lambda: clustering.nearest_centroids(X, X[:, :4]), "centroids"),
+    "no centroid": (lambda: clustering.nearest_centroids(X, X[:0]), "centroids"),
+    "centroids that are no numbers": (lambda: describe(X, X / 0, 0.2), "centroids"),
+    "queries of other columns": (lambda: nearest_neighbours(X, X[:, :4], 1), "query"),
+    "more neighbours than rows": (lambda: nearest_neighbours(X, X, 21), "k"),
+    "no neighbour": (lambda: nearest_neighbours(X, X, 0), "k"),
+    "a distance too few": (lambda: concentration([0.1], [0, 1], 2, 0.2), "im2cluster"),
+    "a cluster beyond K": (lambda: concentration([0.1, 0.2], [0, 2], 2, 0.2), "im2cluster"),
+    "a cluster below 0": (lambda: concentration([0.1, 0.2], [0, -1], 2, 0.2), "im2cluster"),
+    "a cluster and a half": (lambda: concentration([0.1, 0.2], [0, 1.5], 2, 0.2), "im2cluster"),
+    "a distance NaN": (lambda: concentration([0.1, np.nan], [0, 1], 2, 0.2), "distance"),
+    "alpha -1": (lambda: concentration([0.1, 0.2], [0, 1], 2, 0.2, alpha=-1), "alpha"),
+}
+
+
+@pytest.mark.parametrize(("call", "name"), WRONG.values(), ids=WRONG)
+def test_what_cannot_work_names_the_argument(call, name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}"):
+        call()
+
+
+def offset(kind, spread):
+    """Twenty groups in 64 dimensions, far from the origin: rows, and the same less their mean."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 30)
+    x = spread * (rng.normal(size=(20, 64))[groups] + 0.2 * rng.normal(size=(600, 64)))
+    far = x + (rng.normal(0, kind, 64) if spread == 1 else kind)
+    return far if spread < 1e-3 else far.astype(np.float32), x, groups
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread"), [(100, 0.1), (3000, 1), (1e5, 1), (1, 1e-9), (1e3, 1e-6), (0, 1e-25), (0, 1e25), (1e25, 1e22)]
+)
+def test_clusters_do_not_depend_on_a_shift_or_a_scale(mean, spread):
+    far, near, groups = offset(mean, spread)
+    ours = cluster(far, 20, 0.2)
+    expected = cluster(near / spread, 20, 0.2)
+    assert cluster_agreement(ours.im2cluster, groups)["ami"] > cluster_agreement(expected.im2cluster, groups)["ami"] - 0.05
+    means = np.stack([far[ours.im2cluster == c].mean(axis=0, dtype=np.float64) for c in range(20)])
+    unit = means / np.linalg.norm(means, axis=1, keepdims=True)
+    torch.testing.assert_close(ours.prototypes.numpy(), unit.astype(np.float32), rtol=0, atol=1e-3)
+    assert float(ours.concentration.mean()) == pytest.approx(0.2)
+
+
+def test_rows_of_unit_length_are_not_shifted_however_close_they_are():
+    features = torch.nn.functional.normalize(torch.ones(50, 8) + 0.01 * unit_rows(50, 8))
+    assert clustering.held_by_float32(features)[0] is features
+    points = 3 * unit_rows(50, 8)
+    assert clustering.held_by_float32(points)[0] is points
 
 
 def test_num_used_counts_up_to_the_largest_id_with_an_image():

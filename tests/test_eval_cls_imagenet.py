@@ -281,6 +281,16 @@ def test_the_pixels_are_a_backbone(six_classes, tmp_path):
     )
 
 
+def test_fewer_than_five_classes_have_no_top_5(image_folder, pretrained, tmp_path, capsys):
+    script(image_folder, "--pretrained", pretrained, "--epochs", 1, "--id", "two", "--output", "o.json")
+    script(image_folder, "--resume", "Linear_eval/two/model_best.pth.tar", "--evaluate")
+    assert "top-5" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["last"].keys() >= {"train_acc", "test_acc"}
+    everything = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
+    assert "test_acc" in everything
+    assert "acc5" not in everything
+
+
 def remove_class(root):
     shutil.rmtree(root / "val" / "class 3")
 
@@ -294,9 +304,9 @@ def empty_class(root):
         file.unlink()
 
 
-def keep_four(root):
+def keep_one(root):
     for split in ("train", "val"):
-        for label in (4, 5):
+        for label in range(1, 6):
             shutil.rmtree(root / split / f"class {label}")
 
 
@@ -319,7 +329,7 @@ WRONG = {
         "{weights} --skip-unreadable",
         "no image that can be read in {root}/val/class 2",
     ),
-    "four classes": (keep_four, "{weights}", "4 classes; top-5 accuracy needs five or more"),
+    "one class": (keep_one, "{weights}", "1 classes; the probe needs folders of two or more"),
     "other classes than the head's": (keep_five, "--resume {probe}", "was trained on other classes"),
     "a finished probe": (None, "--resume {probe}", "has all of its 3 epochs; raise --epochs to go on"),
     "another architecture": (None, "--resume {probe} -a resnet18", "holds a shufflenet_v2_x0_5, not a resnet18"),

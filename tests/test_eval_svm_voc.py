@@ -154,7 +154,7 @@ def break_image(root):
 
 WRONG = {
     "no folder": ("nowhere --random-init", spoil_nothing, "DIR nowhere: no such folder; --download makes it"),
-    "not a VOC folder": ("{parent} --random-init", spoil_nothing, "no such file; --download fetches VOC2007"),
+    "not a VOC folder": ("{empty} --random-init", spoil_nothing, "no such file; --download fetches VOC2007"),
     "no weights named": ("{root}", spoil_nothing, "--random-init"),
     "both": ("{root} --random-init --pretrained {checkpoint}", spoil_nothing, "--random-init"),
     "no such checkpoint": ("{root} --pretrained nowhere.pth", spoil_nothing, "nowhere.pth: no such file"),
@@ -174,7 +174,8 @@ def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained
     monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 30))
     root = shutil.copytree(voc_root, tmp_path / "voc")
     spoil(root)
-    places = {"root": root, "parent": tmp_path, "checkpoint": pretrained}
+    (tmp_path / "1/2/3/empty").mkdir(parents=True)
+    places = {"root": root, "empty": tmp_path / "1/2/3/empty", "checkpoint": pretrained}
     with pytest.raises(SystemExit) as stop:
         run_script(eval_svm_voc, "--image-size", 32, "--output", tmp_path / "o.json", *options.format(**places).split())
     assert stop.value.code == (1 if spoil is break_image else 2)  # which is found as the features are extracted

@@ -1,12 +1,20 @@
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 
+import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
@@ -125,6 +133,109 @@ def test_a_folder_with_nothing_to_draw_is_an_error(tmp_path, capsys):
         run_script(figures, tmp_path)
     assert stop.value.code == 2
     assert "holds no log.jsonl" in capsys.readouterr().err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def other_values(**values):
+    return lambda path: torch.save({**figures.checkpoint.load(path), **values}, path)
+
+
+@pytest.mark.parametrize("rc", [b"text.usetex: True\n", b"\xff\xfe no text"])
+def test_no_setting_of_matplotlib_keeps_pictures_from_being_drawn(tmp_path, rc):
+    (tmp_path / "matplotlibrc").write_bytes(rc)
+    result(tmp_path / "svm.json", "pixels", "none", {"dog": 0.2, "cat": 0.6})
+    environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "pcl.figures", "."], cwd=tmp_path, env=environment, check=True)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"ap_per_class.png", "low_shot.png"}
+
+
+def test_a_finished_run_stays_finished_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pcl.figures", None)
+    main_pcl.draw_pictures(tmp_path)
+    assert "pictures could not be drawn" in capsys.readouterr().out
+
+
+FOREIGN = [
+    lambda path: path.write_bytes(b""),
+    cut,
+    lambda path: path.write_bytes(bytes(range(256)) * 9),
+    as_folder,
+    lambda path: path.write_text('{"checkpoint": 1, "epoch": 0, "seconds": "x", "args": 3}'),
+    lambda path: path.write_text("[1, 2]"),
+    lambda path: path.write_text("[" * 100_000),
+]
+OTHER_NUMBERS = [
+    lambda path: path.write_text(re.sub(r"[0-9.]+[,}]", lambda match: "NaN" + match[0][-1], path.read_text())),
+    lambda path: path.write_text(re.sub(r"([0-9.]+)([,}])", r'"\1"\2', path.read_text())),
+]
+DAMAGE = {
+    "log.jsonl": [*FOREIGN, *OTHER_NUMBERS],
+    "svm.json": [*FOREIGN, *OTHER_NUMBERS],
+    "e_step.pth.tar": [
+        *FOREIGN,
+        other_values(features=torch.full((37, 4), torch.nan)),
+        other_values(labels=None),
+        other_values(granularities=7),
+        other_values(granularities=[{}]),
+        other_values(epoch="x"),
+        other_values(sample=torch.full((37,), 10**6)),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(six_classes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    exp_dir = run_folder(folder / "run", IndexedFolder(six_classes / "train", None), [3])
+    result(exp_dir / "svm.json", "pixels", "none", {"dog": 0.2, "cat": 0.6})
+    return exp_dir
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "e_step.pth.tar", "svm.json"])
+def test_of_damaged_and_foreign_files_the_pictures_are_left_out_with_a_line(name, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "DPI", 20)
+    for number, damage in enumerate(DAMAGE[name]):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        shutil.copy(whole / name, folder)
+        damage(folder / name)
+        with suppress(SystemExit):
+            run_script(figures, folder)
+        out, err = capsys.readouterr()
+        told = [line for line in (out + err).splitlines() if not line.endswith((".png", "no picture of the prototypes"))]
+        assert len(told) == 1 if err else len(told) <= 1
+        assert all(str(folder) in line for line in told)
+
+
+def test_a_damaged_file_leaves_the_pictures_of_the_others(whole, tmp_path, capsys):
+    exp_dir = shutil.copytree(whole, tmp_path / "run")
+    cut(exp_dir / "e_step.pth.tar")
+    (tmp_path / "odd.json").write_text((exp_dir / "svm.json").read_text().replace("0.6", '"0.6"'))
+    run_script(figures, exp_dir, "--results", tmp_path / "odd.json", tmp_path / "missing.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[:3]] == [
+        str(path) for path in (exp_dir / "e_step.pth.tar", tmp_path / "odd.json", f"{tmp_path / 'missing.json'}:")
+    ]
+    assert [Path(line).stem for line in lines[3:]] == ["training_curves", "seconds", "ap_per_class", "low_shot"]
+
+
+def test_a_folder_with_damaged_files_alone_is_one_line(tmp_path, capsys):
+    for name in ("log.jsonl", "e_step.pth.tar", "svm.json"):
+        (tmp_path / name).write_bytes(b"\0\xff")
+    with pytest.raises(SystemExit) as stop:
+        run_script(figures, tmp_path)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "e_step.pth.tar is not a checkpoint" in error
 
 
 def test_a_run_in_its_first_epoch_has_no_curves_yet(six_classes, tmp_path):

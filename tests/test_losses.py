@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,39 @@ def test_negatives_are_distinct_and_no_image_s_own(num_prototypes, r):
 
 def test_there_may_be_no_negative_left():
     assert len(sample_negatives(torch.tensor([0, 1]), 2, 5)) == 0
+
+
+Q, INDEX = torch.eye(4, 8), torch.arange(4)
+WRONG = {
+    "keys of other rows": (lambda: instance_logits(Q, Q[:1], torch.eye(8), 0.2), "k"),
+    "a queue lying down": (lambda: instance_logits(Q, Q, torch.eye(7, 8), 0.2), "queue"),
+    "temperature 0": (lambda: instance_logits(Q, Q, torch.eye(8), 0), "temperature"),
+    "no prototype": (lambda: sample_negatives(INDEX, 0, 3), "num_prototypes"),
+    "r = -1": (lambda: sample_negatives(INDEX, 9, -1), "r"),
+    "a positive beyond": (lambda: sample_negatives(INDEX, 3, 3), "positive"),
+    "positives too few": (lambda: prototype_logits(Q, INDEX[:3], INDEX, random_clustering(9, 5, 8)), "positive"),
+    "negatives that are no integers": (lambda: prototype_logits(Q, INDEX, Q[0], random_clustering(9, 5, 8)), "negative"),
+    "prototypes of other columns": (lambda: prototype_loss(Q, INDEX, [random_clustering(9, 5, 7)], 3), "prototypes"),
+    "indices too few": (lambda: prototype_loss(Q, INDEX[:3], [random_clustering(9, 5, 8)], 3), "index"),
+    "an index beyond": (lambda: prototype_loss(Q, INDEX, [random_clustering(3, 5, 8)], 3), "index"),
+    "no clustering": (lambda: prototype_loss(Q, INDEX, [], 3), "clusterings"),
+    "r = 2.5": (lambda: prototype_loss(Q, INDEX, [random_clustering(9, 5, 8)], 2.5), "r"),
+}
+
+
+@pytest.mark.parametrize(("call", "name"), WRONG.values(), ids=WRONG)
+def test_what_cannot_work_names_the_argument(call, name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} "):
+        call()
+
+
+@pytest.mark.gpu
+def test_a_clustering_may_lie_on_another_device():
+    clustering, q = random_clustering(9, 5, 8), unit(4, 8, dim=1)
+    expected, _ = prototype_loss(q, INDEX, [clustering], 100)
+    for device, others in (("cuda", "cpu"), ("cpu", "cuda")):
+        ours, _ = prototype_loss(q.to(device), INDEX.to(others), [clustering.to(others)], np.int64(100))
+        torch.testing.assert_close(ours.cpu(), expected)
 
 
 def test_negatives_are_drawn_evenly():

@@ -75,6 +75,64 @@ def test_one_shot_is_one_for_separate_classes_and_chance_for_noise():
     assert one_shot_accuracy(noise, label, noise, label) == one_shot_accuracy(noise, label, noise, label)
 
 
+X, LABEL = torch.eye(6), torch.arange(6)
+WRONG = {
+    "k > classes": (lambda: topk_accuracy(X, LABEL, 7), "k"),
+    "a target too few": (lambda: topk_accuracy(X, LABEL[:5]), "target"),
+    "targets that are no integers": (lambda: topk_accuracy(X, LABEL / 2), "target"),
+    "a label too few": (lambda: knn_accuracy(X, LABEL[:5], X, LABEL), "known_label"),
+    "other columns": (lambda: knn_accuracy(X, LABEL, X[:, :3], LABEL), "query"),
+    "nothing known": (lambda: knn_accuracy(X[:0], LABEL[:0], X, LABEL), "known"),
+    "nothing asked": (lambda: knn_accuracy(X, LABEL, X[:0], LABEL[:0]), "query"),
+    "no neighbour": (lambda: knn_accuracy(X, LABEL, X, LABEL, k=0), "k"),
+    "temperature 0": (lambda: leave_one_out_accuracy(X, LABEL, temperature=0), "temperature"),
+    "one image": (lambda: leave_one_out_accuracy(X[:1], LABEL[:1]), "features"),
+    "no draw": (lambda: one_shot_accuracy(X, LABEL, X, LABEL, draws=0), "draws"),
+    "NaN": (lambda: one_shot_accuracy(X, LABEL, X / 0, LABEL), "query"),
+    "an image without label": (lambda: cluster_agreement(LABEL, LABEL[:5]), "label"),
+    "no image": (lambda: cluster_agreement(LABEL[:0], LABEL[:0]), "im2cluster"),
+    "a score too few": (lambda: average_precision(LABEL, X[0, :5]), "score"),
+}
+
+
+@pytest.mark.parametrize(("call", "name"), WRONG.values(), ids=WRONG)
+def test_what_cannot_work_names_the_argument(call, name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} "):
+        call()
+
+
+def everything(known, known_label, query, label):
+    return [
+        topk_accuracy(query, label, k=np.int64(2)).item(),
+        knn_accuracy(known, known_label, query, label, k=np.int64(3)),
+        leave_one_out_accuracy(known, known_label),
+        one_shot_accuracy(known, known_label, query, label),
+        cluster_agreement(known_label, np.arange(60) % 5),
+        average_precision(label, query[:, 0]),
+    ]
+
+
+def test_arrays_and_integers_of_any_type_are_taken():
+    known, query, known_label, label = torch.randn(60, 5), torch.randn(40, 5), torch.arange(60) % 4, torch.arange(40) % 4
+    expected = everything(known, known_label, query, label)
+    bytes_ = [x.numpy().astype(np.uint8) for x in (known_label, label)]
+    assert everything(known.requires_grad_(), bytes_[0], query.numpy()[::-1][::-1], bytes_[1]) == expected
+    # Labels are names: any integers will do.
+    far = known_label - 10**12, label - 10**12
+    assert knn_accuracy(known, far[0], query, far[1]) == knn_accuracy(known, known_label, query, label)
+
+
+@pytest.mark.gpu
+def test_labels_may_lie_on_another_device():
+    known, query, known_label, label = torch.randn(60, 5), torch.randn(40, 5), torch.arange(60) % 4, torch.arange(40) % 4
+    expected = everything(known, known_label, query, label)
+    for on_gpu in ((0,), (0, 2), (1,), (3,), (0, 1, 2)):
+        arguments = [x.cuda() if i in on_gpu else x for i, x in enumerate((known, known_label, query, label))]
+        ours = everything(*arguments)
+        assert ours[4] == expected[4]
+        assert ours[:4] + ours[5:] == pytest.approx(expected[:4] + expected[5:])
+
+
 def test_agreement_does_not_depend_on_names():
     label = torch.tensor([0, 0, 1, 1, 2, 2])
     assert cluster_agreement(torch.tensor([5, 5, 3, 3, 9, 9]), label) == pytest.approx({"nmi": 1, "ami": 1, "purity": 1})

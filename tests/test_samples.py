@@ -2,6 +2,8 @@ import re
 import sys
 
 import numpy as np
+import pytest
+from conftest import write_voc_shaped
 from PIL import Image
 
 from pcl import samples
@@ -31,3 +33,40 @@ def test_the_images_are_written_as_a_balanced_folder_and_as_collages(tmp_path, m
         assert shown.max() == 4
         assert {collages[i][0].shape for i in range(5)} == {(56, 56, 3)}
     assert not set(train.names) & set(test.names)
+
+
+def a_file(root):
+    root.write_text("mine")
+
+
+def other_classes(root):
+    (root / "train/class 1").mkdir(parents=True)
+
+
+def voc(root):
+    write_voc_shaped(root)
+
+
+def a_file_inside(root):
+    root.mkdir()
+    (root / "train").write_text("mine")
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (a_file, "Not a directory"),
+    (a_file_inside, "Not a directory"),
+    (other_classes, "such as class 1; name a new folder"),
+    (voc, "such as dog; name a new folder"),
+])  # fmt: skip
+def test_a_folder_that_will_not_do_is_one_line_and_stays_as_it_is(spoil, message, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "data"
+    spoil(root)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["samples", str(root)])
+    with pytest.raises(SystemExit) as stop:
+        samples.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before

@@ -84,6 +84,25 @@ def test_what_cannot_be_clustered_is_an_error(features, k):
         cluster_all_sharded(features, 10, [k], 0.2)
 
 
+def test_a_shift_changes_no_cluster():
+    features = unit_rows(200, 8).double()
+    (near,), (far,) = (cluster_all_sharded(rows, 200, [12], 0.2) for rows in (features, features + 1e7))
+    assert (near.im2cluster == far.im2cluster).float().mean() > 0.95
+    torch.testing.assert_close(far.prototypes, torch.full((12, 8), 8**-0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ((unit_rows(20, 8), 30, [5], 0.2), "num_images"),
+    ((unit_rows(20, 8)[0], 20, [5], 0.2), "features"),
+    ((unit_rows(20, 8), 20, [0], 0.2), "num_clusters"),
+    ((unit_rows(20, 8), 20, [5], -1), "temperature"),
+    ((unit_rows(20, 8), 20, [5], 0.2, [1, 2]), "seeds"),
+])  # fmt: skip
+def test_what_cannot_work_names_the_argument(options, name):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}"):
+        cluster_all_sharded(*options)
+
+
 def cluster_share(device, args):
     features = unit_rows(301, 8)[get_rank() :: get_world_size()]  # two ranks do not divide them
     (clustering,) = cluster_all_sharded(features, 301, [15], 0.2)

@@ -1,8 +1,11 @@
 import hashlib
 import http.server
 import io
+import re
+import shutil
 import tarfile
 import threading
+import unicodedata
 from typing import ClassVar
 
 import numpy as np
@@ -58,7 +61,7 @@ WRONG = {
     "no folder": (lambda root: (lists(root) / "trainval.txt").unlink(), r"trainval\.txt: no such file; --download"),
     "an image is missing": (
         lambda root: (root / "VOCdevkit/VOC2007/JPEGImages/000007.jpg").unlink(),
-        r"1 images of trainval are missing, the first .*000007\.jpg; --download",
+        r"1 images of trainval are missing, the first .*000007\.jpg \(or another ending\); put them there; --download",
     ),
     "a class file is short": (
         lambda root: cut(lists(root) / "dog_trainval.txt", 38),
@@ -83,6 +86,98 @@ def test_what_is_wrong_is_named(root, spoil, message):
     spoil(root)
     with pytest.raises(VOCError, match=message):
         VOCSplit(root, "trainval", np.asarray)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_lists_are_read_as_other_systems_write_them(root, encoding):
+    train = VOCSplit(root, "trainval", np.asarray)
+    expected, pixels = train.labels, train[0][0]
+    for path in lists(root).glob("*.txt"):
+        text = path.read_text().replace("000001", "é 1").replace("\n", " \r\n")
+        path.write_bytes(text.encode(encoding))
+    images = root / "VOCdevkit/VOC2007/JPEGImages"
+    (images / "000001.jpg").rename(images / unicodedata.normalize("NFD", "é 1.jpg"))
+    ours = VOCSplit(root, "trainval", np.asarray)
+    np.testing.assert_array_equal(ours.labels, expected)
+    np.testing.assert_array_equal(ours[0][0], pixels)
+    assert ours.names[0] == "é 1"
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".jpeg", ".png", ".webp"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_images_may_have_any_ending_in_the_lists_too(root, ending, listed):
+    expected = VOCSplit(root, "test", np.asarray).labels
+    for path in (root / "VOCdevkit/VOC2007/JPEGImages").iterdir():
+        path.rename(path.with_suffix(ending))
+    for path in lists(root).glob("*test.txt") if listed else ():
+        path.write_text(re.sub(r"^\d+", lambda name: name[0] + ending, path.read_text(), flags=re.MULTILINE))
+    test = VOCSplit(root, "test", np.asarray)
+    np.testing.assert_array_equal(test.labels, expected)
+    assert test[7][0].shape == (20, 20, 3)
+
+
+def test_two_images_of_one_name_are_told_apart_by_the_list_or_not_at_all(root):
+    images = root / "VOCdevkit/VOC2007/JPEGImages"
+    shutil.copy(images / "000003.jpg", images / "000003.png")
+    with pytest.raises(VOCError, match=r"000003\.jpg and .*000003\.png have one name"):
+        VOCSplit(root, "trainval", np.asarray)
+    for path in lists(root).glob("*trainval.txt"):
+        path.write_text(path.read_text().replace("000003", "000003.jpg"))
+    assert len(VOCSplit(root, "trainval", np.asarray)) == 40
+
+
+@pytest.mark.parametrize("place", [".", "VOCdevkit", "VOCdevkit/VOC2007", "..", "../.."])
+def test_the_folder_may_be_given_too_high_or_too_deep(tmp_path, place):
+    root = write_voc_shaped(tmp_path / "a" / "data")
+    assert len(VOCSplit(root / place, "test", np.asarray)) == 20
+
+
+def in_two_halves(root):
+    """As the archives are, each unpacked into a folder of its own."""
+    for half, others in (("VOCtrainval_06-Nov-2007", "test"), ("VOCtest_06-Nov-2007", "trainval")):
+        shutil.copytree(root / "VOCdevkit", root / half / "VOCdevkit")
+        for path in lists(root / half).glob(f"*{others}.txt"):
+            path.unlink()
+    shutil.rmtree(root / "VOCdevkit")
+    return root
+
+
+def test_two_halves_are_read_together(root):
+    expected = [VOCSplit(root, split, np.asarray).labels for split in ("trainval", "test")]
+    in_two_halves(root)
+    for split, labels in zip(("trainval", "test"), expected, strict=True):
+        ours = VOCSplit(root, split, np.asarray)
+        np.testing.assert_array_equal(ours.labels, labels)
+        assert ours.classes == ["dog", "train"]
+
+
+NEAR = {
+    "one half": (in_two_halves, "VOCtrainval_06-Nov-2007", "give {root} instead"),
+    "the images": (lambda root: root, "VOCdevkit/VOC2007/JPEGImages", "give {root}/VOCdevkit/VOC2007 instead"),
+    "two copies": (
+        lambda root: shutil.copytree(root / "VOCdevkit", root.parent / "b" / "VOCdevkit"),
+        "..",
+        "test.txt lies in .*/b/VOCdevkit/VOC2007 and .*/data/VOCdevkit/VOC2007; name one of them instead",
+    ),
+    "another year": (
+        lambda root: (root / "VOCdevkit/VOC2007").rename(root / "VOCdevkit/VOC2012"),
+        ".",
+        "there is {root}/VOCdevkit/VOC2012, but only the test labels of VOC2007 are public",
+    ),
+    "another year alone": (
+        lambda root: (lists(root) / "test.txt").unlink() or (root / "VOCdevkit/VOC2007").rename(root / "VOC2012"),
+        "VOC2012",
+        "there is {root}/VOC2012, but only",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "place", "message"), NEAR.values(), ids=NEAR)
+def test_the_folder_to_give_is_named(root, change, place, message):
+    change(root)
+    with pytest.raises(VOCError, match=message.format(root=root)) as error:
+        VOCSplit(root / place, "test", np.asarray)
+    assert "--download" not in str(error.value)
 
 
 def test_low_shot_draws_k_images_that_show_each_class():
@@ -126,8 +221,10 @@ ESCAPES = {
 }
 
 
+@pytest.mark.parametrize("data_filter", [voc.DATA_FILTER, None])
 @pytest.mark.parametrize("members", ESCAPES.values(), ids=ESCAPES)
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, members):
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, members, data_filter, monkeypatch):
+    monkeypatch.setattr(voc, "DATA_FILTER", data_filter)
     (tmp_path / "data").mkdir()
     (tmp_path / "precious.txt").write_text("precious")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -141,6 +238,14 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, members):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "data", "precious.txt"]
     assert (tmp_path / "precious.txt").read_text() == "precious"
     assert not any((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("data_filter", [voc.DATA_FILTER, None])
+def test_files_of_an_archive_are_unpacked(tmp_path, data_filter, monkeypatch):
+    monkeypatch.setattr(voc, "DATA_FILTER", data_filter)
+    archive(tmp_path / "a.tar", {"VOCdevkit/VOC2007/a.txt": b"x", "VOCdevkit/b..txt": b"y"})
+    voc.unpack(tmp_path / "a.tar", tmp_path / "data")
+    assert (tmp_path / "data/VOCdevkit/VOC2007/a.txt").read_bytes() == b"x"
 
 
 def test_an_absolute_name_in_an_archive_is_one_below_its_folder(tmp_path):
