@@ -96,7 +96,7 @@ def launched_outside(args: Namespace) -> Place | None:
     """
     told = [name for name in LAUNCHERS[0][:3] if os.environ.get(name)]
     others = [names for names in LAUNCHERS[1:] if (_number_of(names[1]) or 1) > 1 or _number_of(names[0])]
-    if len(told) < 3 and (args.world_size > 1 or not (told or others)):
+    if len(told) < 3 and (not (told or others) or args.world_size > 1):
         return None
     names = others[0] if others and len(told) < 3 else LAUNCHERS[0]
     rank, world, local_rank, local_world = map(_number_of, names)
@@ -405,7 +405,7 @@ def _meet(args: Namespace, here: Place) -> tuple[dist.Store, str]:
         # The store of an outside launcher may hold the words of processes that it started before. Nobody had this process's
         # ticket before, and only a rank 0 that is here now tells it the prefix.
         ticket = store.add("ticket", 1)
-        if here.rank > 0:
+        if here.rank > 0 or (serves and store.add("served", 1) > 1):  # a second rank 0 is told so like others
             ticket = int(_wait_for_word(store, f"attempt/{ticket}", end))
         prefix = f"attempt{ticket}"
         words = dist.PrefixStore(prefix, store)
