@@ -96,7 +96,7 @@ def launched_outside(args: Namespace) -> Place | None:
     """
     told = [name for name in LAUNCHERS[0][:3] if os.environ.get(name)]
     others = [names for names in LAUNCHERS[1:] if (_number_of(names[1]) or 1) > 1 or _number_of(names[0])]
-    if len(told) < 3 and (args.world_size > 1 or not (told or others)):
+    if len(told) < 3 and (not (told or others) or args.world_size > 1):
         return None
     names = others[0] if others and len(told) < 3 else LAUNCHERS[0]
     rank, world, local_rank, local_world = map(_number_of, names)
@@ -405,28 +405,32 @@ def _meet(args: Namespace, here: Place) -> tuple[dist.Store, str]:
         # The store of an outside launcher may hold the words of processes that it started before. Nobody had this process's
         # ticket before, and only a rank 0 that is here now tells it the prefix.
         ticket = store.add("ticket", 1)
-        if here.rank > 0:
+        if here.rank > 0 or (serves and store.add("served", 1) > 1):  # a second rank 0 is told so like others
             ticket = int(_wait_for_word(store, f"attempt/{ticket}", end))
         prefix = f"attempt{ticket}"
         words = dist.PrefixStore(prefix, store)
         plan = f"{here.world} processes, {here.local_world} on each node"
         if (other := words.compare_set("plan", "", plan).decode()) != plan:
-            words.set("verdict", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
+            words.set("problem", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
         elif words.add(f"process/{here.rank}", 1) > 1:
-            words.set("verdict", f"two processes are number {here.rank} of {here.world}; give each node its own --rank")
+            words.set("problem", f"two processes are number {here.rank} of {here.world}; give each node its own --rank")
         came, answered = words.add("came", 1), 0
         while here.rank == 0 and not words.check(["verdict"]):
             latest = store.add("ticket", 0)
             for asked in range(answered + 1, latest + 1):
                 store.set(f"attempt/{asked}", str(ticket))
-            answered = latest
-            if (came := words.add("came", 0)) >= here.world:
+            answered, came = latest, words.add("came", 0)
+            if hopeless := words.check(["problem"]):
+                end = min(end, time.monotonic() + 1)  # who comes until then is told so too
+            if came >= here.world and not hopeless:
                 words.set("verdict", "")
             elif time.monotonic() > end:
                 remedy = f"start every node with this URL and --world-size {args.world_size}"
-                words.set("verdict", f"{came} of {here.world} processes came {in_time}; {remedy}")
+                late = f"{came} of {here.world} processes came {in_time}; {remedy}"
+                words.set("verdict", words.compare_set("problem", "", late).decode())
             time.sleep(0.05)
         if verdict := _wait_for_word(words, "verdict", end):
+            time.sleep(1)  # the store may end with this process; the others are to hear of it
             raise RunError(f"{where}: {verdict}")
         return words, prefix
     except (OSError, dist.DistError) as error:

@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
 
+import socket
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -86,6 +87,13 @@ def two_ranks(tmp_path):
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(args.nproc)]
 
     return run
+
+
+def free_port():
+    """Most likely still free when it is used."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_script(module, *options):

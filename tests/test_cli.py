@@ -234,7 +234,7 @@ def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, m
         for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
     args = skipping(tmp_path)
-    args.rank = node
+    args.rank, args.dist_url = node, "tcp://a:1"
     cli.leave_out_unreadable(cli.Parser(""), args, images)
     assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
 

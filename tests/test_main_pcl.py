@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, run_script, weights
+from conftest import ROOT, assert_same, free_port, run_script, weights
 from PIL import Image
 
 import main_pcl
 from pcl.checkpoint import LAST, load
 from pcl.clustering import Clustering
-from pcl.distributed import _free_port
 from pcl.epoch import Begun, is_whole
 from pcl.loader import IndexedFolder
 from pcl.logs import Meters, claim
@@ -157,7 +156,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
         patch.setattr(main_pcl, "m_step", m_step)
         with pytest.raises(Stop):
             run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2, "--save-steps", 0)
-        torch.distributed.destroy_process_group()
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint_0001.pth.tar"]
 
     unseeded = TINY.removesuffix("--seed 1")  # the seed comes from the checkpoint
@@ -309,7 +307,6 @@ def test_a_run_cut_off_in_an_epoch_goes_on_to_the_bit(image_folder, finished, tm
         patch.setattr(main_pcl.checkpoint, "save", cut_after_a_save)
         with pytest.raises(Cut):
             run(image_folder, "--exp-dir", tmp_path, "--save-steps", 1, "--resume", "auto")
-        torch.distributed.destroy_process_group()
     expected = [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 0), (LAST, 1, 1), (LAST, 1, 2)]
     assert [s for s in saved if s != "e_step.pth.tar"] == expected[: 4 + steps]
     run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--resume", "auto")
@@ -326,7 +323,6 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     (tmp_path / "images" / "train" / "a" / "07.png").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "images", "--exp-dir", tmp_path / "new", "-j", 2)
-    torch.distributed.destroy_process_group()
     assert stop.value.code == 1
     err = capsys.readouterr().err
     assert err == (
@@ -407,7 +403,6 @@ def test_of_two_processes_the_one_that_fails_tells_why(image_folder, tmp_path, c
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(image_folder, "--exp-dir", tmp_path, "--lr", "1e30", "--save-freq", 1)
-    torch.distributed.destroy_process_group()
     assert stop.value.code == 1
     err = capsys.readouterr().err
     pattern = (
@@ -438,7 +433,7 @@ def test_a_val_without_labels_tells_the_monitor_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
-    address = f"tcp://localhost:{_free_port()}"  # the README's 10001 may be taken
+    address = f"tcp://localhost:{free_port()}"  # the README's 10001 may be taken
     options = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url {address} --epochs 1"
     run(image_folder, "--exp-dir", tmp_path / "new", *options.split())
     out = capsys.readouterr().out
@@ -465,9 +460,9 @@ def test_two_processes_train_alike_spawned_on_two_nodes_or_under_torchrun(image_
             assert process.returncode == 0, out
 
     finish(start("spawned", "--nproc", "2"))
-    nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}", "--rank"]
+    nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--rank"]
     finish(*(start("nodes", *nodes, str(rank)) for rank in range(2)))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     finish(start("torchrun", launcher=torchrun))
     for name in ("nodes", "torchrun"):
         assert_same(weights(tmp_path / name, 1), weights(tmp_path / "spawned", 1))
