@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -22,6 +21,8 @@ import torchvision
 from torch import Tensor, nn
 
 from pcl.distributed import FORESEEN, RunError, reason_of
+from pcl.terminal import printable, tell, warn
+from pcl.watch import leave_on_signals
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -64,11 +65,7 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def newest(folder: Path, tell: Callable[[str], None] = _warn) -> Path | None:
+def newest(folder: Path, tell: Callable[[str], None] = warn) -> Path | None:
     """The checkpoint in a run's folder from which least is to be done; None without any.
 
     One that cannot be opened is passed over, of which `tell` is given a line.
@@ -363,14 +360,15 @@ def main() -> None:
         network, arch = load_backbone(args.checkpoint, args.arch)
         save(args.out, network.state_dict())
     except FORESEEN as error:
-        parser.exit(2, f"{parser.prog}: error: {reason_of(error)}\n")
-    print(f"{args.out}: {arch} without its fc. To load it:")
-    print(f"  network = torchvision.models.{arch}()")
+        parser.exit(2, f"{parser.prog}: error: {printable(reason_of(error))}\n")
+    tell(f"{args.out}: {arch} without its fc. To load it:")
+    tell(f"  network = torchvision.models.{arch}()")
     if has_small_stem(arch, network.state_dict()):
-        print("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
-        print(f"  network.conv1 = torch.nn.{network.conv1}")
-    print(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
+        tell("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
+        tell(f"  network.conv1 = torch.nn.{network.conv1}")
+    tell(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()

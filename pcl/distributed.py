@@ -11,14 +11,12 @@ import random
 import re
 import signal
 import socket
-import sys
 import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -30,7 +28,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
+from pcl.terminal import open_streams, warn
+from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch, shielded
 
 # For what may take one rank hours while the others wait (k-means of ImageNet on a CPU): a rank that dies still ends
 # the wait at once, since its connections close.
@@ -120,13 +119,11 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        # What is ignored is inherited: Python's own helper process lives on when a signal reaches all ..
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        resource_tracker.ensure_running()
+        with shielded():
+            pass  # Python's own helper process is started so
         for number, handler in before.items():
             signal.signal(number, handler if handler is signal.SIG_IGN else pass_on)
-        # .. and so is what is blocked: Ctrl-C gives no traceback of a process that is still importing.
+        # What is blocked is inherited: Ctrl-C gives no traceback of a process that is still importing.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -167,10 +164,11 @@ def _await(processes: Sequence[Any]) -> tuple[int, int]:
 
 
 def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
+    open_streams()
     try:
         _join(local_rank, worker, args, nproc, launcher)
     except FORESEEN as error:
-        print(f"error in process {local_rank}: {reason_of(error)}", file=sys.stderr, flush=True)
+        warn(f"error in process {local_rank}: {reason_of(error)}")
         raise SystemExit(1) from None
     except Exception:
         traceback.print_exc()
@@ -205,8 +203,6 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return RunError(f"another process did not answer, and nothing is known of its end ({text}); does one hang?")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return RunError(f"out of memory: lower --batch-size or --image-size ({text})")
-    if "DataLoader worker (pid" in text:
-        return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({text})")
     return error
 
 

@@ -24,6 +24,8 @@ from PIL import Image
 from pcl import checkpoint
 from pcl.loader import IndexedFolder, UnreadableImageError, read_image
 from pcl.monitor import LAST_E_STEP
+from pcl.terminal import printable, tell
+from pcl.watch import leave_on_signals
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a
 # marker of its own, for print.
@@ -122,7 +124,7 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     except OSError:
         images = None
     if images is None or len(images) != len(last["labels"]):
-        print(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
+        tell(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
         return None
     return images
 
@@ -375,9 +377,11 @@ def main() -> None:
     try:
         written = draw(args.exp_dir, args.results)
     except (OSError, checkpoint.CheckpointError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print("\n".join(map(str, written)))
+        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+    for path in written:
+        tell(str(path))
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from pcl.loader import IndexedFolder
+from pcl.terminal import tell
+from pcl.watch import leave_on_signals
 
 SOURCE = Path(__file__).with_name("samples.npz")
 
@@ -86,11 +88,12 @@ def main() -> None:
     write_image_folder(root)
     write_voc(root, root)
     counts = {split: len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val")}
-    print(
+    tell(
         ", ".join(f"{count} images in {root / split}" for split, count in counts.items())
         + f"; collages in {root / 'VOCdevkit'}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()
