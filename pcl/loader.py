@@ -369,7 +369,7 @@ def share_of_rank(num_images: int) -> range:
 
 
 def make_loader(
-    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False
+    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False, in_order: bool = True
 ) -> DataLoader:
     """A DataLoader that draws nothing from the process's random generators; what a user can mend is a RunError."""
     return _Loader(
@@ -378,6 +378,7 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         drop_last=drop_last,
+        in_order=in_order,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
@@ -400,7 +401,7 @@ class _Loader(DataLoader):
 
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
-        multiprocessing.set_forkserver_preload(["__main__", __name__])  # torch is imported once, not by each worker
+        multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # slow to import: once, not by each worker
         with shielded():
             batches = super().__iter__()
         for worker in set(active_children()) - set(
