@@ -5,6 +5,7 @@ Letters: W ranks, N images. Without a group everything answers for a single proc
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import random
@@ -50,7 +51,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        remedy = "; raise the limit (ulimit -n 4096)" if error.errno == errno.EMFILE else ""
+        return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
     return f"{type(error).__name__}: {error}"
 
 

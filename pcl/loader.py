@@ -7,6 +7,7 @@ depend on the number of loader workers and an epoch can be repeated.
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ import torch
 from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -386,14 +388,25 @@ def make_loader(
     )
 
 
+_MultiProcessingDataLoaderIter._shutdown = True  # one that could not be made has nothing to take apart, and would print that
+
+
 class _Loader(DataLoader):
     """Its workers end with this process, however that ends, and not before: a signal to all is not for them."""
+
+    workers: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from self._start() if self.num_workers else super().__iter__()
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
+            # A worker that could not send a batch tells by its exit code, one that was killed by a negative one.
+            codes = " ".join(
+                os.strerror(w.exitcode) if w.exitcode > 0 else f"{signal.strsignal(-w.exitcode)}"
+                for w in self.workers
+                if w.exitcode
+            )
+            told = f"{type(error).__name__}: {error} {codes}"
             remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
             if not remedy or (isinstance(error, RunError) and "Too many open files" not in told):
                 raise
@@ -402,28 +415,33 @@ class _Loader(DataLoader):
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # slow to import: once, not by each worker
-        with shielded():
-            batches = super().__iter__()
-        for worker in set(active_children()) - set(
-            earlier
-        ):  # at its exit a process would wait for those that it has told to end
-            util.Finalize(None, worker.kill, exitpriority=0)
-        # torch's handler raises an error wherever the process is, such as in the middle of a save. The next batch tells too.
-        if signal.getsignal(signal.SIGCHLD) != handler:
-            signal.signal(signal.SIGCHLD, handler)
-        return batches
+        try:
+            with shielded():
+                return super().__iter__()
+        finally:
+            started = set(active_children()) - set(earlier)
+            self.workers += tuple(started)
+            for worker in started:  # at its exit, Python would ask them to end by a signal, and wait for them
+                util.Finalize(None, worker.kill, exitpriority=0)
+            # torch's handler raises an error wherever the process is, such as inside a save. The next batch tells too.
+            if signal.getsignal(signal.SIGCHLD) != handler:
+                signal.signal(signal.SIGCHLD, handler)
 
 
 def _start_worker(worker: int) -> None:
     # A copy of what is garbage in its process must not be taken apart here: the group of an earlier run would wait for threads
     # that were not copied.
     gc.freeze()
-    # Where a batch cannot be sent, nobody would hear of it.
-    Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     if util.abstract_sockets_supported:
         # Batches are handed over by sockets. These have no file, which would be left, or have too long a path.
         connection.arbitrary_address = lambda _: f"\0pcl-{uuid.uuid4()}"  # type: ignore[attr-defined]
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_unsent(error: Exception, _: Any) -> None:
+    """End a worker that cannot send a batch, for which its process would wait; the exit code tells what was used up."""
+    os._exit(next((code for code in (errno.EMFILE, errno.ENOSPC) if os.strerror(code) in str(error)), 1))
 
 
 def _end_with_parent() -> None:
