@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits
 from torch import nn
+from torch.utils.data import Dataset
 
 from pcl import checkpoint, cli, voc
 from pcl.builder import extract_features
@@ -80,6 +81,7 @@ def get_parser() -> cli.Parser:
                         help="loader processes, at most one a core")
     cli.add_output_argument(parser)
     # fmt: on
+    parser.set_defaults(processes=available_cores())  # that fit SVMs; 0: this one
     return parser
 
 
@@ -239,10 +241,27 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
     return max(quality, key=quality.__getitem__)
 
 
+@dataclass(frozen=True)
+class Scores(Dataset):
+    """The scores of each job, as a loader's workers fit them."""
+
+    features: Features
+    jobs: list[Job]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, number: int) -> tuple[int, np.ndarray]:
+        return number, svm_scores(self.features, self.jobs[number], self.seed)
+
+
 def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[np.ndarray]:
     """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
-    parallel = Parallel(n_jobs=available_cores(), return_as="generator")
-    return list(track(parallel(delayed(svm_scores)(features, job, args.seed) for job in jobs), "SVMs", len(jobs)))
+    workers = min(args.processes, len(jobs))
+    loader = make_loader(Scores(features, jobs, args.seed), range(len(jobs)), 1, workers, in_order=False)
+    found = {int(number): scores[0].numpy().copy() for number, scores in track(loader, "SVMs", len(jobs))}
+    return [found[number] for number in range(len(jobs))]
 
 
 def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
@@ -258,10 +277,10 @@ def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
         penalty="l2", loss="squared_hinge", dual=True, C=job.cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0,
         tol=1e-4, max_iter=2000, random_state=seed,
     )  # fmt: skip
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of iterations is meant to be met
         svm.fit(features.train[job.rows], positive)
-    return svm.decision_function(scored)
+        return svm.decision_function(scored)
 
 
 def mean_of(ap: dict[str, float]) -> float:

@@ -13,7 +13,6 @@ The cheapest run, a few minutes on two CPU cores after `make demo` has written i
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -64,6 +63,7 @@ from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import topk_accuracy
 from pcl.monitor import Monitor, keep_e_step
 from pcl.sharded import cluster_all_sharded
+from pcl.terminal import warn
 from pcl.watch import leave_on_signals
 
 
@@ -199,7 +199,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     if args.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents]:
         parser.error(f"--exp-dir {args.exp_dir} lies among the images of {args.images}; its pictures would be trained on")
     for note in notes:  # now that there is no error, which is a line alone
-        print(note, file=sys.stderr)
+        warn(note)
     if args.start_epoch < args.epochs:
         val = val_folder(args)
         images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))

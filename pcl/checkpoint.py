@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pcl.distributed import FORESEEN, RunError, reason_of
+from pcl.terminal import printable, tell
+from pcl.watch import leave_on_signals
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -412,14 +414,15 @@ def main() -> None:
         network, arch = load_backbone(args.checkpoint, args.arch)
         save(args.out, network.state_dict())
     except FORESEEN as error:
-        parser.exit(2, f"{parser.prog}: error: {reason_of(error)}\n")
-    print(f"{args.out}: {arch} without its fc. To load it:")
-    print(f"  network = torchvision.models.{arch}()")
+        parser.exit(2, f"{parser.prog}: error: {printable(reason_of(error))}\n")
+    tell(f"{args.out}: {arch} without its fc. To load it:")
+    tell(f"  network = torchvision.models.{arch}()")
     if has_small_stem(arch, network.state_dict()):
-        print("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
-        print(f"  network.conv1 = torch.nn.{network.conv1}")
-    print(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
+        tell("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
+        tell(f"  network.conv1 = torch.nn.{network.conv1}")
+    tell(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()

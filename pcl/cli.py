@@ -35,6 +35,7 @@ from pcl.distributed import (
 from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
 from pcl.logs import log, track
+from pcl.terminal import printable
 from pcl.watch import INTERRUPTED
 
 UNREADABLE = "unreadable.txt"
@@ -73,9 +74,8 @@ class Parser(argparse.ArgumentParser):
         self.fail(2, message)
 
     def fail(self, code: int, message: str) -> NoReturn:
-        """End with one line; what is not printable in it, such as a newline in a file's name, is shown as an escape."""
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        self.exit(code, f"{self.prog}: error: {line}\n")
+        """End with one line."""
+        self.exit(code, f"{self.prog}: error: {printable(message)}\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -13,7 +13,6 @@ import random
 import re
 import signal
 import socket
-import sys
 import time
 import traceback
 from argparse import Namespace
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -33,7 +31,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch
+from pcl.terminal import open_streams, warn
+from pcl.watch import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Watch, shielded
 
 # For what may take one rank hours while the others wait (k-means of ImageNet on a CPU): a rank that dies still ends
 # the wait at once, since its connections close.
@@ -57,7 +56,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, RunError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        remedy = "; raise the limit (ulimit -n 4096)" if error.errno == errno.EMFILE else ""
+        return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
     return f"{type(error).__name__}: {error}"
 
 
@@ -220,13 +220,11 @@ def _spawn(worker: Callable, args: Namespace, nproc: int) -> None:
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        # What is ignored is inherited: Python's own helper process lives on when a signal reaches all ..
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        resource_tracker.ensure_running()
+        with shielded():
+            pass  # Python's own helper process is started so
         for number, handler in before.items():
             signal.signal(number, handler if handler is signal.SIG_IGN else pass_on)
-        # .. and so is what is blocked: Ctrl-C gives no traceback of a process that is still importing.
+        # What is blocked is inherited: Ctrl-C gives no traceback of a process that is still importing.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         processes += mp.spawn(_spawned, (worker, args, nproc, os.getpid()), nprocs=nproc, join=False).processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -267,10 +265,11 @@ def _await(processes: Sequence[Any]) -> tuple[int, int]:
 
 
 def _spawned(local_rank: int, worker: Callable, args: Namespace, nproc: int, launcher: int) -> None:
+    open_streams()
     try:
         _join(local_rank, worker, args, nproc, launcher)
     except FORESEEN as error:
-        print(f"error in process {local_rank}: {reason_of(error)}", file=sys.stderr, flush=True)
+        warn(f"error in process {local_rank}: {reason_of(error)}")
         raise SystemExit(1) from None
     except Exception:
         traceback.print_exc()
@@ -318,8 +317,6 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return RunError(f"out of memory: lower --batch-size or --image-size ({line})")
-    if "DataLoader worker (pid" in text:
-        return RunError(f"a loader process has ended, mostly for want of memory: fewer -j, or 0 ({line})")
     if OWN_FAULT_OF_NCCL.search(text):
         return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO tells more, and --dist-backend gloo does without it")
     return error

@@ -40,8 +40,9 @@ from pcl import checkpoint
 from pcl.distributed import FORESEEN, RunError, reason_of
 from pcl.images import UnreadableImageError, read_image
 from pcl.loader import IndexedFolder
-from pcl.logs import log
 from pcl.monitor import LAST_E_STEP
+from pcl.terminal import printable, tell
+from pcl.watch import leave_on_signals
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a
 # marker of its own, for print.
@@ -125,7 +126,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
         reasons = "; ".join(failures.values()) or "it holds no log.jsonl with figures and no result of eval_svm_voc.py"
         raise RunError(f"{exp_dir}: nothing can be drawn: {reasons}")
     for failure in failures.values():
-        log(f"left out: {failure}")
+        tell(f"left out: {failure}")
     return written
 
 
@@ -163,7 +164,7 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     except OSError:
         images = None
     if images is None or len(images) != len(last["labels"]):
-        log(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
+        tell(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
         return None
     return images
 
@@ -416,9 +417,11 @@ def main() -> None:
     try:
         written = draw(args.exp_dir, args.results)
     except RunError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    log("\n".join(map(str, written)))
+        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+    for path in written:
+        tell(str(path))
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()

@@ -7,16 +7,23 @@ depend on the number of loader workers and an epoch can be repeated.
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
+from multiprocessing import active_children, connection, current_process, parent_process, util
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +32,12 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from pcl.distributed import derive_seed, get_rank, get_world_size
+from pcl.distributed import RunError, derive_seed, get_rank, get_world_size
 from pcl.images import (  # noqa: F401  people look for both readers beside the views
     UnreadableImageError,
     bits_used,
@@ -41,10 +49,23 @@ from pcl.images import (  # noqa: F401  people look for both readers beside the 
     tell_left_out,
     why_unreadable,
 )
-from pcl.watch import SIGNALS
+from pcl.watch import shielded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
+
+FEWER = "fewer loader processes, or none (-j 0; of eval_svm_voc.py: --num-workers 0)"
+REMEDIES = {  # of what goes wrong in loading, by the words of the error, which may be a worker's
+    "shared memory|No space left|Bus error": (
+        f"/dev/shm, by which loader processes send batches, is full: enlarge it (docker run --shm-size=8g), or take {FEWER}"
+    ),
+    "Too many open files|ancdata": f"too many open files: raise the limit (ulimit -n 4096), or take {FEWER}",
+    "allocate memory|MemoryError": f"out of memory while loading: take {FEWER}",
+    "DataLoader worker .pid": (
+        f"a loader process has ended, mostly for want of memory, or of shared memory (docker run --shm-size=8g): take {FEWER}"
+    ),
+    "AF_UNIX path too long": "the path in TMPDIR is too long for sockets; set another, such as TMPDIR=/tmp",
+}
 
 
 class IndexedFolder(Dataset):
@@ -296,15 +317,16 @@ def share_of_rank(num_images: int) -> range:
 
 
 def make_loader(
-    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False
+    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False, in_order: bool = True
 ) -> DataLoader:
-    """A DataLoader that draws nothing from the process's random generators."""
-    return DataLoader(
+    """A DataLoader that draws nothing from the process's random generators; what a user can mend is a RunError."""
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         drop_last=drop_last,
+        in_order=in_order,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
@@ -312,19 +334,69 @@ def make_loader(
     )
 
 
+_MultiProcessingDataLoaderIter._shutdown = True  # one that could not be made has nothing to take apart, and would print that
+
+
+class _Loader(DataLoader):
+    """Its workers end with this process, however that ends, and not before: a signal to all is not for them."""
+
+    workers: tuple[Any, ...] = ()
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from self._start() if self.num_workers else super().__iter__()
+        except Exception as error:
+            # A worker that could not send a batch tells by its exit code, one that was killed by a negative one.
+            codes = " ".join(
+                os.strerror(w.exitcode) if w.exitcode > 0 else f"{signal.strsignal(-w.exitcode)}"
+                for w in self.workers
+                if w.exitcode
+            )
+            told = f"{type(error).__name__}: {error} {codes}"
+            remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
+            if not remedy or (isinstance(error, RunError) and "Too many open files" not in told):
+                raise
+            raise RunError(remedy) from error
+
+    def _start(self) -> Iterator[Any]:
+        earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+        multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # slow to import: once, not by each worker
+        try:
+            with shielded():
+                return super().__iter__()
+        finally:
+            started = set(active_children()) - set(earlier)
+            self.workers += tuple(started)
+            for worker in started:  # at its exit, Python would ask them to end by a signal, and wait for them
+                util.Finalize(None, worker.kill, exitpriority=0)
+            # torch's handler raises an error wherever the process is, such as inside a save. The next batch tells too.
+            if signal.getsignal(signal.SIGCHLD) != handler:
+                signal.signal(signal.SIGCHLD, handler)
+
+
 def _start_worker(worker: int) -> None:
-    """Have a loader's worker outlive a signal that reaches all, so that its process can finish the step and save."""
     # A copy of what is garbage in its process must not be taken apart here: the group of an earlier run would wait for threads
     # that were not copied.
     gc.freeze()
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_if_told_by, args=(os.getppid(),), daemon=True).start()
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+    if util.abstract_sockets_supported:
+        # Batches are handed over by sockets. These have no file, which would be left, or have too long a path.
+        connection.arbitrary_address = lambda _: f"\0pcl-{uuid.uuid4()}"  # type: ignore[attr-defined]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_if_told_by(parent: int) -> None:
-    """End this process on a SIGTERM from its parent, which ends its workers so."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)
+def _end_unsent(error: Exception, _: Any) -> None:
+    """End a worker that cannot send a batch, for which its process would wait; the exit code tells what was used up."""
+    os._exit(next((code for code in (errno.EMFILE, errno.ENOSPC) if os.strerror(code) in str(error)), 1))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that it loads for is gone, which under a fork server is not its parent to the system."""
+    parent = parent_process()
+    assert parent
+    is_child = os.getppid() == parent.pid
+    while parent.is_alive() and (os.getppid() == parent.pid) == is_child:
+        parent.join(1)
+    config = current_process()._config  # type: ignore[attr-defined]
+    shutil.rmtree(config.get("tempdir") or "", ignore_errors=True)  # that process's, which cannot remove it any more
+    os._exit(1)

@@ -22,17 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcl.distributed import RunError, available_cores, get_world_size, is_main, mean_over_ranks
+from pcl.terminal import tell
 
 PATIENCE = 15.0  # seconds to wait for a run that is about to leave an experiment's folder
 
 
 def log(message: str) -> None:
-    """Print from the main process only, beside a progress bar if there is one."""
+    """Print a line from the main process only, beside a progress bar if there is one."""
     if is_main():
-        # A file's name may hold what the terminal's encoding does not, or be no text at all.
-        encoding = sys.stdout.encoding or "utf-8"
-        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-        sys.stdout.flush()
+        tell(message)
 
 
 class Meters:

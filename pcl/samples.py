@@ -16,6 +16,8 @@ from PIL import Image
 
 from pcl.distributed import FORESEEN, RunError, reason_of
 from pcl.loader import IndexedFolder
+from pcl.terminal import tell
+from pcl.watch import leave_on_signals
 
 SOURCE = Path(__file__).with_name("samples.npz")
 
@@ -104,11 +106,12 @@ def main() -> None:
     except FORESEEN as error:
         parser.exit(2, f"{parser.prog}: error: DIR {root}: {reason_of(error)}\n")
     counts = {split: len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val")}
-    print(
+    tell(
         ", ".join(f"{count} images in {root / split}" for split, count in counts.items())
         + f"; collages in {root / 'VOCdevkit'}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    with leave_on_signals():
+        main()

@@ -18,10 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import resource_tracker, util
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from pcl.terminal import open_streams, warn
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
@@ -33,15 +36,37 @@ SILENCE = 30.0  # seconds without a beat after which a process is given up
 
 @contextmanager
 def leave_on_signals() -> Iterator[None]:
-    """Inside, as long as no process is watched, nothing is begun: a signal ends the script at once, with its own code."""
+    """Where a script begins. As long as no process is watched, a signal ends it at once, with its own code."""
+    open_streams()
     for number in set(SIGNALS) - {signal.SIGINT}:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(PREEMPTED))
+            signal.signal(number, lambda *_: leave_now(PREEMPTED))
     try:
         yield
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def leave_now(code: int) -> NoReturn:
+    """End this process, whatever it is doing; its loader's workers and the names that they have in the system end with it."""
+    # They are multiprocessing's: sockets in a folder, semaphores. None of its locks may hold up the end.
+    cleaning = threading.Thread(target=util._exit_function, daemon=True)  # type: ignore[attr-defined]
+    cleaning.start()
+    cleaning.join(5)
+    os._exit(code)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """What is started inside never receives one of `SIGNALS`, also if it is sent to all: this process alone deals with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which is inherited
+    try:
+        resource_tracker.ensure_running()  # Python's own helper; unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Watch:
@@ -149,7 +174,7 @@ class Watch:
                 time.sleep(3)  # the others are to hear of it before the store is gone
             lost = "; what came after its last checkpoint is lost" if self._guarded else ""
             print(f"\nstopped{lost}: go on with --resume auto", flush=True)
-        os._exit(self.exit_code)
+        leave_now(self.exit_code)
 
     def wait_for_reason(self) -> None:
         """Another process seems to be gone: find out which one and why; ends this one if that is found, or others have left."""
@@ -199,12 +224,8 @@ class Watch:
         return bool(self._launcher) and os.getppid() != self._launcher
 
     def _ask(self, number: int) -> None:
-        if number == signal.SIGHUP:  # the terminal is gone: what is still printed must not fail
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
         if self.asked and number == signal.SIGINT:  # Ctrl-C again
-            os._exit(INTERRUPTED)
+            leave_now(INTERRUPTED)
         self._note(number)
 
     def _note(self, number: int) -> None:
@@ -259,5 +280,5 @@ class Watch:
         if self.asked:  # the others have left
             self.leave()
         if tell:
-            print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+            warn(f"error: {reason}")
+        leave_now(1)
