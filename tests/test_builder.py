@@ -7,12 +7,11 @@ import torch.nn.functional as F
 import torchvision
 from conftest import GOLDEN, save_result
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pcl import builder
 from pcl.builder import MoCo, SplitBatchNorm2d, extract_features, split_batch_norm
 from pcl.clustering import Clustering
-from pcl.distributed import broadcast, gather, get_rank, get_world_size
+from pcl.distributed import broadcast, gather, get_rank, get_world_size, parallel
 from pcl.loader import normalize, share_of_rank
 from pcl.losses import instance_logits, prototype_logits
 
@@ -43,8 +42,8 @@ def follow_golden(name, wrap=lambda model: model):
     model = MoCo(Tiny, value("cfg/dim"), value("cfg/r"), value("cfg/m"), value("cfg/mlp"))
     start = {key.removeprefix("init/"): value(key) for key in golden if key.startswith("init/")}
     model.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in start.items()})
-    parallel = wrap(model)
-    optimizer = torch.optim.SGD(parallel.parameters(), value("cfg/lr"), momentum=0.9, weight_decay=1e-4)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), value("cfg/lr"), momentum=0.9, weight_decay=1e-4)
     granularities = sum(key.startswith("cluster/im2cluster/") for key in golden)
     clusterings = [
         Clustering(*(value(f"cluster/{part}/{j}") for part in ("im2cluster", "centroids", "density")))
@@ -53,7 +52,7 @@ def follow_golden(name, wrap=lambda model: model):
     for step in range(3):
         at = f"step{step}"
         builder.torch.randperm = lambda n, device, at=at: value(f"{at}/shuffle").clone()
-        q, k, queue = parallel(value(f"{at}/im_q"), value(f"{at}/im_k"))
+        q, k, queue = wrapped(value(f"{at}/im_q"), value(f"{at}/im_k"))
         logits, target = instance_logits(q, k, queue, value("cfg/T"))
         same(logits.detach(), f"{at}/logits")
         same(target, f"{at}/targets")
@@ -92,17 +91,17 @@ def work_together(device, args):
     """All that two ranks must show: golden steps, gather, shuffling, equal queues, equal features of the E-step."""
     randperm = torch.randperm
     for name in ("moco_v2_warmup", "moco_v2_proto"):
-        assert follow_golden(name, DistributedDataParallel)
+        assert follow_golden(name, lambda model: parallel(model, device))
     torch.randperm = randperm
 
     gathered = gather(torch.full((2, 3), float(get_rank())))
     shared = broadcast(torch.tensor([get_rank() + 5]))
 
-    torch.manual_seed(get_rank())  # different weights and queues, until DistributedDataParallel shares rank 0's
+    torch.manual_seed(get_rank())  # different weights and queues, until `parallel` shares rank 0's
     model = MoCo(Tiny, dim=4, r=10)
-    parallel = DistributedDataParallel(model)
+    wrapped = parallel(model, device)
     im = torch.randn(3, 3, 16, 16)
-    q, k, queue = parallel(im, im)
+    q, k, queue = wrapped(im, im)
     (q * k).sum().backward()
     model.eval()
     model.share_statistics()
