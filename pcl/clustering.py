@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcl.distributed import get_rank, get_world_size
+
 RESTARTS = 5  # published setting (faiss: nredo)
 ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
@@ -194,7 +196,8 @@ def cluster_all(
     """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
 
     Args:
-        features: (N, C) float, unit length for PCL. On a CUDA device, faiss clusters there if it can.
+        features: (N, C) float, unit length for PCL. On a CUDA device that this faiss cannot use, `pcl.sharded` clusters there, in
+            which every rank takes part.
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
@@ -213,6 +216,11 @@ def cluster_all(
         raise ValueError(f"{max(num_clusters)} clusters of {len(features)} images: ask for at most as many as there are")
     seeds = range(len(num_clusters)) if seeds is None else seeds
     features = torch.as_tensor(features)
+    if algorithm == "faiss" and faiss_lacks(features.device):
+        from pcl.sharded import cluster_all_sharded
+
+        rows = features.detach().float()[get_rank() :: get_world_size()]
+        return cluster_all_sharded(rows, len(features), num_clusters, temperature, seeds)
     device, points = features.device, _points(features)
 
     jobs = [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
@@ -246,10 +254,14 @@ def _points(features: Tensor | np.ndarray) -> np.ndarray:
     return torch.as_tensor(features).detach().float().cpu().contiguous().numpy()
 
 
+def faiss_lacks(device: torch.device) -> bool:
+    """Whether features are on a GPU that this build of faiss cannot use."""
+    return device.type == "cuda" and not (hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0)
+
+
 def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRIC_L2) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
-    faiss_has_gpu = hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0
-    if device is None or device.type != "cuda" or not faiss_has_gpu:
+    if device is None or device.type != "cuda" or faiss_lacks(device):
         return faiss.IndexFlat(dim, metric)
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0

@@ -7,11 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, run_script, weights
+from conftest import ROOT, assert_same, free_port, run_script, weights
 
 import main_pcl
 from pcl.checkpoint import LAST, load
-from pcl.distributed import _free_port
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -330,7 +329,7 @@ def test_collapsed_features_are_warned_of(image_folder, tmp_path, capsys, monkey
 
 @pytest.mark.slow
 def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
-    address = f"tcp://localhost:{_free_port()}"  # the README's 10001 may be taken
+    address = f"tcp://localhost:{free_port()}"  # the README's 10001 may be taken
     options = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url {address} --epochs 1"
     run(image_folder, "--exp-dir", tmp_path / "new", *options.split())
     out = capsys.readouterr().out
@@ -357,9 +356,9 @@ def test_two_processes_train_alike_spawned_on_two_nodes_or_under_torchrun(image_
             assert process.returncode == 0, out
 
     finish(start("spawned", "--nproc", "2"))
-    nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}", "--rank"]
+    nodes = ["-b", "4", "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--rank"]
     finish(*(start("nodes", *nodes, str(rank)) for rank in range(2)))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     finish(start("torchrun", launcher=torchrun))
     for name in ("nodes", "torchrun"):
         assert_same(weights(tmp_path / name, 1), weights(tmp_path / "spawned", 1))
@@ -491,6 +490,9 @@ class WatchedLoader:
 
     def __len__(self):
         return len(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
 
     def __iter__(self):
         for number, batch in enumerate(self.loader):

@@ -12,7 +12,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, run_script, save_result, weights
+from conftest import ROOT, assert_same, free_port, run_script, save_result, weights
 from PIL import Image
 
 import main_pcl
@@ -192,7 +192,7 @@ def test_a_port_in_use_and_a_node_that_stays_away_are_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=rf"--dist-url tcp://127.0.0.1:{port}: the port is in use; name another one"):
             distributed.launch(pytest.fail, meeting(dist_url=f"tcp://127.0.0.1:{port}"))
-    url = f"tcp://127.0.0.1:{distributed._free_port()}"
+    url = f"tcp://127.0.0.1:{free_port()}"
     with pytest.raises(RunError, match=r"1 of 2 processes came within 2 s \(--dist-timeout\); start every node"):
         distributed.launch(pytest.fail, meeting(world_size=2, dist_url=url))
     with pytest.raises(RunError, match="process 0 did not answer within 2 s"):
