@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint, cli
 from pcl.augment import RecipeView, finish
 from pcl.builder import MoCo, extract_share, split_batch_norm
-from pcl.clustering import Clustering, cluster_all
+from pcl.clustering import Clustering, cluster_all, faiss_lacks
 from pcl.distributed import (
     RunError,
     add_over_ranks,
@@ -335,6 +335,7 @@ def e_step(
         )
         log(f"warning: the features of all images are almost the same{why}")
     between = time.monotonic()
+    torch.cuda.empty_cache()  # faiss takes its memory beside PyTorch's, which still holds what training took
     show = partial(track_all, f"{label} k-means")
     if args.kmeans == "sharded":
         num_images = len(loader.dataset)
@@ -591,6 +592,8 @@ def introduce(
     for line in images.remarks() if is_main() else []:
         log(line)
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
+    if args.kmeans == "faiss" and faiss_lacks(device):
+        log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
     else:

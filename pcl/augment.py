@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 
+from pcl.distributed import on_device
 from pcl.loader import CROP_SCALE, pixel_statistics
 
 RECIPE = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
@@ -66,8 +67,7 @@ def finish(images: Tensor, recipe: Tensor, aug_plus: bool) -> Tensor:
     x = images.float().div_(white)
     changes = plan(recipe, aug_plus)
     rows, factors = torch.cat([rows for _, rows, _ in changes]), torch.cat([factor for *_, factor in changes])
-    if x.is_cuda:  # in one transfer each, from where the GPU may fetch them while the host goes on
-        rows, factors = (t.pin_memory().to(x.device, non_blocking=True) for t in (rows, factors))
+    rows, factors = (on_device(t, x.device) for t in (rows, factors))  # in one transfer each
     lengths = [len(rows) for _, rows, _ in changes]
     for (change, *_), row, factor in zip(changes, rows.split(lengths), factors.split(lengths), strict=True):
         if len(row):

@@ -12,7 +12,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcl.distributed import RunError, broadcast, gather, gather_interleaved, get_rank, get_world_size
+from pcl.distributed import (
+    RunError,
+    broadcast,
+    exchange,
+    gather,
+    gather_interleaved,
+    get_rank,
+    get_world_size,
+    on_device,
+    talking_device,
+)
 from pcl.loader import normalize
 
 
@@ -83,13 +93,12 @@ class MoCo(nn.Module):
         Shuffling BatchNorm (MoCo, section 3.3): each rank encodes a random share of the global batch, so that a key's
         batch statistics do not give away which queries it belongs to.
         """
-        images = gather(im_k)  # (W * B, 3, H, W)
-        order = broadcast(torch.randperm(len(images), device=images.device))
-        mine = images[order.view(get_world_size(), -1)[get_rank()]]  # (B, 3, H, W)
-        if im_k.is_contiguous(memory_format=torch.channels_last):  # which gathering has undone
+        order = broadcast(torch.randperm(get_world_size() * len(im_k), device=talking_device())).cpu()  # (W * B,)
+        mine = exchange(im_k, order.view(get_world_size(), -1))  # (B, 3, H, W)
+        if im_k.is_contiguous(memory_format=torch.channels_last):  # which sending has undone
             mine = mine.contiguous(memory_format=torch.channels_last)
-        shuffled = gather(F.normalize(self.encoder_k(mine).float(), dim=1))  # (W * B, C)
-        return shuffled[order.argsort()]
+        keys = gather(F.normalize(self.encoder_k(mine).float(), dim=1))  # (W * B, C)
+        return keys[on_device(order.argsort(), keys.device)]
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
@@ -138,16 +147,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> the same shape."""
         if not self.training:
             return super().forward(x)
-        groups = x.unflatten(0, (self.splits, -1))  # (S, B / S, C, H, W)
-        means, variances = (own.repeat(self.splits, 1) for own in (self.running_mean, self.running_var))  # (S, C)
-        parts = [
-            F.batch_norm(group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for group, mean, variance in zip(groups, means, variances, strict=True)
-        ]
-        self.running_mean.copy_(means.mean(dim=0))
-        self.running_var.copy_(variances.mean(dim=0))
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        mean, variance, weight, bias = (values.repeat(self.splits) for values in own)  # (S * C,)
+        # The groups lie side by side, as S * C channels of one batch: S calls would be as many kernels.
+        side_by_side = torch.cat(x.unflatten(0, (self.splits, -1)).unbind(), dim=1)  # (B / S, S * C, H, W)
+        out = F.batch_norm(side_by_side, mean, variance, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(self.splits, -1).mean(dim=0))
+        self.running_var.copy_(variance.view(self.splits, -1).mean(dim=0))
         self.num_batches_tracked.add_(1)
-        return torch.cat(parts)
+        return torch.cat(out.chunk(self.splits, dim=1))
 
 
 def split_batch_norm(network: nn.Module, splits: int) -> None:

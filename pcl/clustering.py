@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcl.checks import above_zero, below, integer, tensors
+from pcl.distributed import get_rank, get_world_size
 
 RESTARTS = 5  # published setting (faiss: nredo)
 ITERATIONS = 20  # published setting (faiss: niter)
@@ -230,7 +231,8 @@ def cluster_all(
     """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
 
     Args:
-        features: (N, C) real numbers of any type, unit length for PCL. On a CUDA device, faiss clusters there if it can.
+        features: (N, C) real numbers of any type, unit length for PCL. On a CUDA device that this faiss cannot use,
+            `pcl.sharded` clusters there; every rank takes part.
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
@@ -247,7 +249,12 @@ def cluster_all(
     (features,) = tensors(features=(features, "N C"))
     device, temperature = features.device, above_zero("temperature", temperature)
     granularities = granularities_of(num_clusters, seeds, len(features))
-    num_clusters = [k for k, _ in granularities]
+    num_clusters, seeds = zip(*granularities, strict=True)
+    if algorithm == "faiss" and faiss_lacks(device):
+        from pcl.sharded import cluster_all_sharded
+
+        rows = features.detach().float()[get_rank() :: get_world_size()]
+        return cluster_all_sharded(rows, len(features), num_clusters, temperature, seeds)
     rows, mean, size = held_by_float32(features.detach().cpu())
     (points,) = _points(features=(rows, "N C"))
 
@@ -343,11 +350,15 @@ def _points(**rows: tuple[Any, str]) -> list[np.ndarray]:
     return points
 
 
+def faiss_lacks(device: torch.device) -> bool:
+    """Whether features are on a GPU that this build of faiss cannot use."""
+    return device.type == "cuda" and not (hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0)
+
+
 def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRIC_L2) -> Any:
     faiss.omp_set_num_threads(torch.get_num_threads())  # the ranks of one machine share its cores
-    faiss_has_gpu = hasattr(faiss, "GpuIndexFlat") and faiss.get_num_gpus() > 0
     device = torch.device(device or "cpu")
-    if device.type != "cuda" or not faiss_has_gpu:
+    if device.type != "cuda" or faiss_lacks(device):
         return faiss.IndexFlat(dim, metric)
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0

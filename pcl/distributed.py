@@ -340,7 +340,8 @@ def _join_group(local_rank: int, args: Namespace, nproc: int) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_device(local_rank, args))
-    if nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
+    # torchrun sets one thread, in which k-means on the CPU would take as many times longer as there are cores for a process.
+    if nproc > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, available_cores() // nproc))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
     chosen = torch.tensor(random.SystemRandom().randrange(2**31) if args.seed is None else args.seed)
@@ -470,10 +471,16 @@ class _Alone(torch.nn.Module):
 
 
 def parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """DistributedDataParallel; of several processes on the CPU, a step's gradients do not depend on the steps before it."""
+    """DistributedDataParallel; of several processes on the CPU, a step's gradients do not depend on the steps before it.
+
+    All ranks begin with rank 0's weights and buffers. Those of the forward passes stay each rank's own, and the published
+    numbers stay too: a pass in training mode reads no buffer but the queue, which every rank computes alike.
+    """
     if get_world_size() == 1:
         return _Alone(module)
-    wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    device_ids = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # given to the constructor, it would leave them different at the start too
     if device.type == "cpu" and get_world_size() > 2:
         # From its second step on it sends gradients in another order, in which gloo adds the ranks in another order.
         wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_order_of_ranks(bucket))
@@ -560,6 +567,36 @@ def gather(tensor: Tensor) -> Tensor:
     return out
 
 
+def exchange(rows: Tensor, order: Tensor) -> Tensor:
+    """Deal the rows of all ranks out anew: each is sent only to the rank that is to have it.
+
+    Args:
+        rows: (B, ..) numbers rank * B to rank * B + B - 1 of all; B is the same on every rank.
+        order: (W, B) int64 on the CPU, the same on every rank: the numbers of the rows that each is to have, each number once.
+
+    Returns:
+        (B, ..) this rank's rows in their order. The host does not wait for a GPU, since it knows who sends what to whom.
+    """
+    rank, world = get_rank(), get_world_size()
+    holder = order // len(rows)  # (W, B) the rank that has each
+    sent = rows[on_device(order[holder == rank] - rank * len(rows), rows.device)].contiguous()
+    if world == 1:
+        return sent
+    received, lengths = torch.empty_like(sent), holder[rank].bincount(minlength=world).tolist()
+    dist.all_to_all_single(received, sent, lengths, (holder == rank).sum(dim=1).tolist())
+    return received[on_device(holder[rank].argsort(stable=True).argsort(), rows.device)]  # they came rank by rank
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on the CPU, from where a GPU may fetch it while the host goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def talking_device() -> str:
+    """Where numbers that the host knows travel: on the CPU, except in a group that somebody else has made with NCCL alone."""
+    return "cuda" if dist.is_initialized() and dist.get_backend(_patient_group) == "nccl" else "cpu"
+
+
 def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
     """Rows rank, rank + W, rank + 2W, .. of each rank -> all (total, ..) rows in order."""
     world = get_world_size()
@@ -622,7 +659,7 @@ def _sent_to_all(tensors: Sequence[Tensor], source: int) -> list[Tensor]:
     """The tensors of the rank `source`, in NumPy's file format: shapes and dtypes travel too, and nothing is unpickled."""
     file = io.BytesIO()
     np.savez(file, *tensors)
-    device = "cuda" if dist.get_backend(_patient_group) == "nccl" else "cpu"  # a group that somebody else has made
+    device = talking_device()
     size = torch.tensor(len(file.getvalue()), device=device)
     dist.broadcast(size, source, group=_patient_group)
     content = torch.empty(int(size), dtype=torch.uint8, device=device)

@@ -37,7 +37,7 @@ from pcl.clustering import (
 from pcl.distributed import add_over_ranks, gather_interleaved, get_rank, get_world_size
 
 CHUNK = 2**16  # images whose features are held in double precision at once
-TILE = 8192, 32768  # images and centroids whose distances a GPU holds at once: 1 GiB
+TILE = 4096, 2048  # images and centroids whose distances a GPU holds at once: 32 MiB, which its cache may keep
 
 
 def cluster_all_sharded(
@@ -185,15 +185,12 @@ def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] =
     """The same by matrix products, a tile of distances at a time."""
     images, many = tile
     squared, nearest = [], []
-    lengths = centroids.square().sum(dim=1)  # (K,)
+    # cuBLAS adds a vector to a product on the way out if nothing is multiplied by a number: twice as much is exact.
+    parts = [(part.square().sum(dim=1), -2 * part.T) for part in centroids.split(many)]  # (many,), (C, many)
     for rows in features.split(images):
-        best = rows.new_full((len(rows),), torch.inf)
-        place = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        for start in range(0, len(centroids), many):
-            part = torch.addmm(lengths[start : start + many], rows, centroids[start : start + many].T, alpha=-2)
-            least, where = part.min(dim=1)
-            closer = least < best
-            best, place = torch.where(closer, least, best), torch.where(closer, where + start, place)
+        least, where = zip(*(torch.addmm(length, rows, part).min(dim=1) for length, part in parts), strict=True)
+        best = torch.stack(least).argmin(dim=0)  # (images,) the part that has the nearest
+        place = torch.stack(where).gather(0, best[None])[0] + best * many
         # Small distances are differences of large numbers there; the found one is measured directly.
         squared.append((rows - centroids[place]).square().sum(dim=1))
         nearest.append(place)

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the pr
 import socket
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from pcl import distributed
 from pcl.builder import MoCo
@@ -26,15 +28,29 @@ sys.path.insert(0, str(ROOT))  # the scripts
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request, monkeypatch):
-    """Only tests marked gpu see one, so that the others ask the same of every machine."""
+    """Only tests marked gpu see one, so that the others ask the same of every machine; without one they run on the CPU."""
     torch.manual_seed(0)
-    if "gpu" in request.keywords:
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    with CpuForGpu() if request.node.get_closest_marker("gpu") else nullcontext():
+        yield
+
+
+class CpuForGpu(TorchFunctionMode):
+    """Inside, what is sent to a GPU or made there is on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        here = ["cpu" if isinstance(a, str | torch.device) and str(a).startswith("cuda") else a for a in args]
+        return func(
+            *here, **{k: "cpu" if k == "device" and str(v).startswith("cuda") else v for k, v in (kwargs or {}).items()}
+        )
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +106,9 @@ def two_ranks(tmp_path):
 
 
 def free_port():
-    """Most likely still free when it is used."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nobody uses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def run_script(module, *options):

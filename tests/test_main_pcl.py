@@ -613,6 +613,9 @@ class WatchedLoader:
     def __len__(self):
         return len(self.loader)
 
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
     def __iter__(self):
         for number, batch in enumerate(self.loader):
             torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
