@@ -429,7 +429,7 @@ def _meet(args: Namespace, here: Place) -> tuple[dist.Store, str]:
             time.sleep(0.05)
         if verdict := _wait_for_word(words, "verdict", end):
             time.sleep(1)  # the store may end with this process; the others are to hear of it
-            raise RunError(f"{where}: {verdict}")
+            raise RunError(f"{where}: {verdict}") if here.local_rank == 0 else SystemExit(1)  # one of a node tells
         return words, prefix
     except (OSError, dist.DistError) as error:
         if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
