@@ -48,7 +48,9 @@ class CpuForGpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         here = ["cpu" if isinstance(a, str | torch.device) and str(a).startswith("cuda") else a for a in args]
-        return func(*here, **{k: "cpu" if k == "device" and str(v).startswith("cuda") else v for k, v in (kwargs or {}).items()})
+        return func(
+            *here, **{k: "cpu" if k == "device" and str(v).startswith("cuda") else v for k, v in (kwargs or {}).items()}
+        )
 
 
 @pytest.fixture(scope="session")
