@@ -588,8 +588,8 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on the CPU, from where a GPU may fetch it while the host goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """What is on the CPU, on a device that fetches it while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def talking_device() -> str:
