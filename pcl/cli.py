@@ -45,8 +45,8 @@ LISTED = 20  # unreadable images that are shown; the file has all
 INDIFFERENT = {
     "data", "images", "num_images", "unreadable", "skip_unreadable", "workers", "print_freq", "resume", "automatic",
     "start_epoch", "start_step", "deterministic", "arch", "small_stem", "pretrained", "random_init", "pixels", "nproc", "gpu",
-    "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout", "multiprocessing_distributed", "exp_dir", "save_freq",
-    "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id", "output",
+    "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout", "multiprocessing_distributed", "exp_dir",
+    "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id", "output",
 }  # fmt: skip
 
 LARGEST = 2**31 - 1  # what every library below takes as an integer
