@@ -265,7 +265,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
 
     model = make_model(args).to(device, memory_format=memory_format(args))
     wrapped = parallel(model, device)
-    optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
+    optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     begun = go_on(wrapped, optimizer, device, args)
     introduce(args, train_set, begun.epoch, len(train_loader), device, record)
     monitor = Monitor(train_set, val_loader(args), args.monitor_freq, record)
