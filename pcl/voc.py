@@ -112,7 +112,7 @@ def find_folder(root: Path, split: str) -> Path:
 
 
 HINT = "; --download fetches VOC2007"
-DATA_FILTER = getattr(tarfile, "data_filter", None)  # Python 3.11.2 (Debian 12) has none
+HAS_FILTER = hasattr(tarfile, "data_filter")  # Python 3.11.2 (Debian 12) has none
 
 
 def draw_low_shot(labels: np.ndarray, k: int, seed: int, draw: int) -> np.ndarray:
@@ -179,11 +179,12 @@ def unpack(archive: Path, root: Path) -> None:
     """Extract a tar archive below `root`; a member that would leave it is an error (VOCError) and is not written."""
     try:
         with tarfile.open(archive) as tar:
-            tar.extraction_filter = DATA_FILTER
-            for member in tar if DATA_FILTER is None else ():
+            if HAS_FILTER:
+                tar.extractall(root, filter="data")
+            for member in () if HAS_FILTER else tar:
                 if not (member.isreg() or member.isdir()) or {"", ".."} & {*member.name.split("/")}:
                     raise tarfile.TarError(f"{member.name} is no file inside the folder")
-            tar.extractall(root)
+                tar.extract(member, root)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise VOCError(f"{archive} cannot be unpacked: {error}") from error
 

@@ -135,7 +135,7 @@ OTHER = {
     ],
     eval_cls_imagenet: [
         *((d, "", "DIR") for d in ("nowhere", "../ckpt/text", "../empty", "../no images", "../no val", "../photos", *NO_PATH)),
-        *((d, "", "DIR") for d in ("../four", "../other classes", "../a class short", "../no\nline", "../an empty class")),
+        *((d, "", "DIR") for d in ("../one", "../other classes", "../a class short", "../no\nline", "../an empty class")),
         *((None, f"--resume|{'../ckpt/' + c if c[:1] != '.' else c}", "--resume") for c in NO_CHECKPOINT),
         *((None, f"--resume|../ckpt/probe {c}.pth", "--resume") for c in [*NO_RUN, *NO_PROBE]),
         *((None, f"{option}|{p}", option) for p in NO_PATH for option in ("--resume", "--output", "--pretrained")),
@@ -289,7 +289,7 @@ def write_folders(root):
             folder.mkdir(parents=True)
             for i in range(count + (split == "train" and label == 5)):
                 Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    for name in ("ö 图 folder", "no val", "four", "five", "other classes", "a class short", "an empty class"):
+    for name in ("ö 图 folder", "no val", "one", "five", "other classes", "a class short", "an empty class"):
         shutil.copytree(root / "six", root / name)
     shutil.copytree(root / "six/train/class 5", root / "photos")
     shutil.copytree(
@@ -297,8 +297,8 @@ def write_folders(root):
     )
     shutil.rmtree(root / "no val/val")
     for split in ("train", "val"):
-        for label in (4, 5):
-            shutil.rmtree(root / "four" / split / f"class {label}")
+        for label in range(1, 6):
+            shutil.rmtree(root / "one" / split / f"class {label}")
         shutil.rmtree(root / "five" / split / "class 3")
     (root / "other classes/val/class 3").rename(root / "other classes/val/z\nz")
     shutil.rmtree(root / "a class short/train/class 2")

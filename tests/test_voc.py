@@ -221,10 +221,10 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize("data_filter", [voc.DATA_FILTER, None])
+@pytest.mark.parametrize("has_filter", [voc.HAS_FILTER, False])
 @pytest.mark.parametrize("members", ESCAPES.values(), ids=ESCAPES)
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, members, data_filter, monkeypatch):
-    monkeypatch.setattr(voc, "DATA_FILTER", data_filter)
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, members, has_filter, monkeypatch):
+    monkeypatch.setattr(voc, "HAS_FILTER", has_filter)
     (tmp_path / "data").mkdir()
     (tmp_path / "precious.txt").write_text("precious")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -240,9 +240,9 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, members, data_filt
     assert not any((tmp_path / "data").iterdir())
 
 
-@pytest.mark.parametrize("data_filter", [voc.DATA_FILTER, None])
-def test_files_of_an_archive_are_unpacked(tmp_path, data_filter, monkeypatch):
-    monkeypatch.setattr(voc, "DATA_FILTER", data_filter)
+@pytest.mark.parametrize("has_filter", [voc.HAS_FILTER, False])
+def test_files_of_an_archive_are_unpacked(tmp_path, has_filter, monkeypatch):
+    monkeypatch.setattr(voc, "HAS_FILTER", has_filter)
     archive(tmp_path / "a.tar", {"VOCdevkit/VOC2007/a.txt": b"x", "VOCdevkit/b..txt": b"y"})
     voc.unpack(tmp_path / "a.tar", tmp_path / "data")
     assert (tmp_path / "data/VOCdevkit/VOC2007/a.txt").read_bytes() == b"x"
