@@ -290,6 +290,7 @@ def _check_optimizer(path: str | Path, saved: dict[str, Any], parameters: Iterab
     try:
         optimizer = torch.optim.SGD(hollow, lr=1.0)
         optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["fused"] = False  # which needs numbers
         for parameter in hollow:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
