@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import io
 import math
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,18 +37,20 @@ from torchvision import transforms
 from pcl.augment import RecipeView, finish
 from pcl.builder import MoCo
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
-from pcl.distributed import deal, launch
+from pcl.distributed import deal, launch, parallel
+from pcl.epoch import Begun
 from pcl.images import read_image, read_tensor
 from pcl.loader import (
     MEAN,
     STD,
+    EpochSampler,
     IndexedFolder,
     TwoViews,
     center_view,
     make_loader,
     random_view,
 )
-from pcl.logs import describe_machine, versions
+from pcl.logs import RunLog, describe_machine, versions
 from pcl.losses import prototype_logits, prototype_loss, sample_negatives
 from pcl.samples import write_image_folder, write_voc
 from pcl.sharded import kmeans_sharded
@@ -56,6 +60,7 @@ sys.path.insert(0, str(ROOT))  # the scripts
 
 import eval_cls_imagenet  # noqa: E402
 import eval_svm_voc  # noqa: E402
+import main_pcl  # noqa: E402
 
 
 class ImagesPassed:
@@ -371,6 +376,75 @@ def momentum_update() -> Row:
     return Row("momentum update of a ResNet-50", *(1e3 * t for t in seconds), "to the bit the same", "ms")
 
 
+def training_step() -> Row:
+    """MoCo v2 alone, as lightly's documentation builds it and as main_pcl.py trains it: steps of one process in turn.
+
+    Both: ResNet-18 at 32 pixels, batch 64, queue 4,096, MoCo v2's augmentation in one loader process, SGD with momentum.
+    """
+    steps, batch, rounds = 12, 64, 4
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        root = Path(folder)
+        packages = ["lightly==1.6.0", "lightly-utils", "lightning-utilities"]  # without what they train with
+        subprocess.run([sys.executable, "-m", "pip", "-qqq", "install", "--no-deps", "--target", folder, *packages], check=True)
+        sys.path.append(folder)
+        write_image_folder(root / "images")
+        options = (
+            f"{root} -a resnet18 --image-size 32 -b {batch} --pcl-r 4096 --mlp --aug-plus --cos -j 1 --seed 0 --save-steps 0"
+        )
+        args = main_pcl.get_parser().parse_args(options.split())
+        view = TwoViews(random_view(32, aug_plus=True))
+        some = np.arange(steps * batch)
+        images = IndexedFolder(root / "images" / "train", view, 0).subset(some)
+        loader = make_loader(images, EpochSampler(images, 0), batch, 1, drop_last=True)
+        model = parallel(main_pcl.make_model(args), torch.device("cpu"))
+        optimizer = torch.optim.SGD(model.parameters(), 0.03, 0.9, weight_decay=1e-4, fused=True)  # as main_pcl.train makes it
+        record = RunLog(root / "run", {})
+        theirs = lightly_epoch(str(root / "images" / "train"), some.tolist(), batch)
+        published, ours = fastest(
+            theirs,
+            lambda: main_pcl.m_step(model, loader, optimizer, Begun(0), args, record),
+            times=rounds,
+            clock=time.process_time,
+        )
+    rates = f"{steps * batch / published:.0f} against {steps * batch / ours:.0f} images a CPU second"
+    return Row(f"{steps} steps of MoCo v2, against lightly 1.6.0", published, ours, f"{rates}; target 1")
+
+
+def lightly_epoch(folder: str, some: list[int], batch: int) -> Callable[[], None]:
+    """A function that trains lightly's MoCo v2 on these images of a folder."""
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+    from lightly.transforms import MoCoV2Transform
+
+    dataset = torch.utils.data.Subset(LightlyDataset(folder, transform=MoCoV2Transform(input_size=32)), some)
+    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True)
+    network = torchvision.models.resnet18()
+    backbone = torch.nn.Sequential(*list(network.children())[:-1])
+    head = MoCoProjectionHead(512, 512, 128)
+    backbone_k, head_k = copy.deepcopy(backbone), copy.deepcopy(head)
+    deactivate_requires_grad(backbone_k)
+    deactivate_requires_grad(head_k)
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128))
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], 0.03, 0.9, weight_decay=1e-4)
+
+    def epoch() -> None:
+        for (x_query, x_key), *_ in loader:
+            update_momentum(backbone, backbone_k, m=0.999)
+            update_momentum(head, head_k, m=0.999)
+            query = head(backbone(x_query).flatten(start_dim=1))
+            with torch.no_grad():
+                shuffled, order = batch_shuffle(x_key)
+                key = batch_unshuffle(head_k(backbone_k(shuffled).flatten(start_dim=1)), order)
+            loss = criterion(query, key)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
 def file_list() -> Row:
     """What a loader's worker copies of 1.28 million file names by reading them all: a list of strings, or the array."""
     names = [f"/data/imagenet/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(1_281_167)]
@@ -412,6 +486,7 @@ PARTS: dict[str, Callable[[], Row]] = {
     "views": two_views,
     "center-crop": center_crop,
     "momentum": momentum_update,
+    "step": training_step,
     "file-list": file_list,
 }
 NOT_MEASURED = [
