@@ -157,8 +157,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # The groups lie side by side, as S * C channels of one batch: S calls would be as many kernels.
         side_by_side = torch.cat(x.unflatten(0, (self.splits, -1)).unbind(), dim=1)  # (B / S, S * C, H, W)
         out = F.batch_norm(side_by_side, mean, variance, weight, bias, True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(self.splits, -1).mean(dim=0))
-        self.running_var.copy_(variance.view(self.splits, -1).mean(dim=0))
+        torch.mean(mean.view(self.splits, -1), dim=0, out=self.running_mean)
+        torch.mean(variance.view(self.splits, -1), dim=0, out=self.running_var)
         self.num_batches_tracked.add_(1)
         return torch.cat(out.chunk(self.splits, dim=1))
 

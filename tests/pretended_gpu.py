@@ -3,7 +3,7 @@
 What is private to torch is here alone. Kernels, layouts that cuDNN chooses, NCCL and memory cannot be seen in this way.
 """
 
-import traceback
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -36,8 +36,10 @@ class Witness(TorchDispatchMode):
         return tensor.device.type == self.device.type
 
     def note(self, what):
-        frames = [f for f in traceback.extract_stack() if str(ROOT) in f.filename and f.filename != __file__]
-        self.waits.append(f"{what} in {frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}")
+        frame = sys._getframe(1)
+        while (name := frame.f_code.co_filename) == __file__ or "site-packages" in name or str(ROOT) not in name:
+            frame = frame.f_back
+        self.waits.append(f"{what} in {name}:{frame.f_lineno}")
 
     def look(self, func, args, kwargs):
         packet, tensors = func.overloadpacket, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
@@ -142,6 +144,8 @@ def witnessed(device):
         patch.setattr(torch.Tensor, "pin_memory", pinned)
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        patch.setattr(torch.Tensor, "is_meta", False)
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device.type != "cpu"))
         witness = Pretending() if device == "cuda" else Witness(device)
         Pretending.now.append(witness)
         set_lifts(device == "cuda" or before)

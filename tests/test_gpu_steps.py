@@ -53,9 +53,7 @@ def two_steps(options, device, monkeypatch):
     loader.pixel_statistics.cache_clear()
     with witnessed(device) as witness:
         with torch.device(device):
-            model = main_pcl.make_model(args)
-        for weight in model.parameters():
-            weight.data = weight.data.contiguous() if weight.dim() != 4 else weight.data
+            model = main_pcl.make_model(args).to(memory_format=main_pcl.memory_format(args))
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
         begun = Begun(0, clusterings=list(clusterings_on(device)))
         main_pcl.m_step(distributed._Alone(model), Batches(args, witness), optimizer, begun, args, None)

@@ -103,6 +103,20 @@ def test_what_cannot_work_names_the_argument(options, name):
         cluster_all_sharded(*options)
 
 
+def test_where_faiss_cannot_use_the_gpu_products_find_as_good_clusters(monkeypatch):
+    features = unit_rows(2000, 16)
+
+    def objective():
+        (found,) = cluster_all(features, [40], 0.2)
+        return sum(float((rows - rows.mean(0)).square().sum()) for c in range(40) for rows in [features[found.im2cluster == c]])
+
+    expected = objective()
+    monkeypatch.setattr("pcl.clustering.faiss_lacks", lambda device: True)
+    monkeypatch.setattr(sharded, "assign", lambda features, centroids, tf32: assign_in_tiles(features, centroids, (64, 16)))
+    monkeypatch.setattr("pcl.clustering.kmeans", lambda *_: pytest.fail("faiss's k-means"))
+    assert objective() == pytest.approx(expected, rel=1e-3)
+
+
 def cluster_share(device, args):
     features = unit_rows(301, 8)[get_rank() :: get_world_size()]  # two ranks do not divide them
     (clustering,) = cluster_all_sharded(features, 301, [15], 0.2)
