@@ -3,10 +3,10 @@
     python benchmarks/faults.py [--kills 100] [--seed 0]
 
 A run trains a small network on images that come with the package and saves after every step; three in ten kills wait for the
-next save and hit it. Either all of its processes are killed at once, or the launcher, or one of the two ranks alone, after
-which the others must end by themselves within a minute. Each time, every file that bears a checkpoint's name must open, and
-none may be older than before. Runs that come to their end must have the weights of the undisturbed run to the bit; then a new
-one is begun.
+next save and hit it. Each kind is done as often as --kills says: all processes are killed at once, or the launcher, one of the
+two ranks or a loader's worker alone. The others must then end by themselves within a minute, and leave no name in /dev/shm or
+the folder for temporary files. Each time, every file that bears a checkpoint's name must open, and none may be older than
+before. Runs that come to their end must have the weights of the undisturbed run to the bit; then a new one is begun.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,15 +36,18 @@ SETTINGS = (
     "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 30 "
 )
 SETTINGS += (
-    "--mlp --aug-plus --cos --lr 0.003 --moco-m 0.9 -j 0 --seed 1 --nproc 2 --save-steps 1 --monitor-freq 0 --resume auto"
+    "--mlp --aug-plus --cos --lr 0.003 --moco-m 0.9 -j 2 --seed 1 --nproc 2 --save-steps 1 --monitor-freq 0 --resume auto"
 )
 LAST_EPOCH = "checkpoint_0029.pth.tar"
+VICTIMS = ("all", "launcher", "rank 0", "rank 1", "worker")
 
 
 def start(images: Path, exp_dir: Path) -> subprocess.Popen:
     """The run, or the rest of it."""
     command = [sys.executable, str(ROOT / "main_pcl.py"), str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    temporary = images.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     with exp_dir.with_suffix(".out").open("a") as out:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
@@ -61,32 +65,36 @@ def processes_of(session: int) -> list[int]:
     return [pid for _, pid in sorted(found)]
 
 
-def ranks_of(launcher: int) -> list[int]:
-    """Ids of its two training processes, as far as they have been started."""
-    return [pid for pid in processes_of(launcher) if is_rank(pid, launcher)]
+def children(parent: int, session: int, word: bytes) -> list[int]:
+    """Ids of a process's children whose command line has the word, but for Python's own helper."""
+    found = []
+    for pid in processes_of(session):
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            own = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if own == parent and word in line and b"resource_tracker" not in line:
+            found.append(pid)
+    return found
 
 
-def is_rank(pid: int, launcher: int) -> bool:
-    """Whether this is one of them, not Python's own helper or a loader's worker."""
-    try:
-        parent = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1]
-        return int(parent) == launcher and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def strike(process: subprocess.Popen, victim: str) -> str:
-    """Kill; returns what was killed, which is everything where the victim was not there yet."""
-    ranks = ranks_of(process.pid)
-    if victim == "launcher":
-        os.kill(process.pid, signal.SIGKILL)
-    elif victim.startswith("rank") and len(ranks) == 2:
-        os.kill(ranks[int(victim[-1])], signal.SIGKILL)
-    else:
-        victim = "all"
-        for pid in processes_of(process.pid):
+def strike(process: subprocess.Popen, victim: str) -> bool:
+    """Kill, if the victim is there yet."""
+    session = process.pid
+    ranks = children(session, session, b"spawn_main")
+    workers = [pid for rank in ranks for pid in children(rank, session, b"")]
+    victims = {"all": processes_of(session), "launcher": [session], "worker": workers[-1:]}
+    victims |= {f"rank {number}": [rank] for number, rank in enumerate(ranks)}
+    for pid in victims.get(victim, []):
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return victim
+    return bool(victims.get(victim))
+
+
+def names_left(images: Path) -> list[str]:
+    """What lies in shared memory and among the runs' temporary files."""
+    return sorted(str(path) for folder in (Path("/dev/shm"), images.parent / "tmp") for path in folder.glob("*"))
 
 
 def is_saving(exp_dir: Path) -> bool:
@@ -123,7 +131,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="how often to kill")
+    parser.add_argument("--kills", type=int, default=100, metavar="N", help="how often to kill each of: " + ", ".join(VICTIMS))
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and the victims")
     args = parser.parse_args()
     generator = random.Random(args.seed)
@@ -143,18 +151,18 @@ def main() -> None:
         print(f"undisturbed run: {whole:.1f} s", flush=True)
 
         killed: Counter[str] = Counter()
+        left: set[str] = set()
         finished = inside = number = 0
-        before = (0, 0)
-        while sum(killed.values()) < args.kills or before > (0, 0):
+        before, names = (0, 0), set(names_left(root / "images"))
+        to_kill = [victim for victim in VICTIMS for _ in range(args.kills)]
+        generator.shuffle(to_kill)
+        while to_kill or before > (0, 0):
             exp_dir = root / f"run_{number}"
             for part in exp_dir.glob(".checkpoint*.part"):  # of the last kill; a run would write over it
                 part.unlink()
             process = start(root / "images", exp_dir)
-            if sum(killed.values()) < args.kills:
-                wait, victim = generator.uniform(0, 0.4 * whole), generator.choice(["all", "launcher", "rank 0", "rank 1"])
-                in_save = generator.random() < 0.3
-            else:
-                wait, victim, in_save = 3600.0, "none", False
+            wait = generator.uniform(0, 0.4 * whole) if to_kill else 3600.0
+            in_save = generator.random() < 0.3
             try:
                 code = process.wait(wait)
             except subprocess.TimeoutExpired:
@@ -162,9 +170,13 @@ def main() -> None:
                 while in_save and not is_saving(exp_dir) and process.poll() is None and time.monotonic() < end:
                     time.sleep(0.001)
                 inside += is_saving(exp_dir)
-                killed[strike(process, victim)] += 1
-                code = None
+                while not (struck := strike(process, to_kill[-1])) and process.poll() is None:
+                    time.sleep(0.05)
+                code = None if struck else process.wait()
+                if struck:
+                    killed[to_kill.pop()] += 1
             wait_for_end(process)
+            left |= set(names_left(root / "images")) - names
             reached = progress_of(exp_dir)
             if reached < before:
                 raise SystemExit(f"run {number} fell back from epoch and step {before} to {reached}")
@@ -182,7 +194,10 @@ def main() -> None:
                 print(f"{total} kills ({dict(killed)}), {inside} inside a save; at epoch and step {reached}", flush=True)
         counts = ", ".join(f"{victim} {count}" for victim, count in sorted(killed.items()))
         print(f"{sum(killed.values())} kills ({counts}), {inside} of them while a checkpoint was being written:")
-        print(f"no file torn, no step lost that was saved, {finished} runs ended with the undisturbed run's weights to the bit")
+        print(
+            f"no file torn, no step lost that was saved, no process left after a minute; {len(left)} names left", *sorted(left)
+        )
+        print(f"{finished} runs ended with the undisturbed run's weights to the bit")
 
 
 if __name__ == "__main__":
