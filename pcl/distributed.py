@@ -379,9 +379,14 @@ def _serve(host: str, port: int, patience: float) -> dist.TCPStore:
             remedy = "switch it on (ip link set lo up), or train with --nproc 1"
             raise RunError(f"the loopback interface does not work ({error.strerror or error}); {remedy}") from None
         listener = server.detach()
-    patient = timedelta(seconds=patience)
     return dist.TCPStore(
-        host, port, is_master=True, timeout=patient, wait_for_workers=False, multi_tenant=False, master_listen_fd=listener
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=patience),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+        use_libuv=listener is None,  # torch 2.7's libuv takes no listener
     )
 
 

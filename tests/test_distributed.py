@@ -2,6 +2,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -168,7 +169,8 @@ def ask_the_group(device, args):
     rows = gather_interleaved(torch.arange(rank, 7, 2)[:, None].float(), 7)
     jobs = [1, 2, 3, 4, 5]
     squares = shared_map(lambda job: (torch.tensor(job * job), torch.full((job, 2), os.getpid()))[:job], jobs, cost=jobs)
-    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout if rank == 0 else ""
+    shown = rank == 0 and shutil.which("ss")  # Linux has it
+    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout if shown else ""
     own = (f"pid={os.getpid()},", f"pid={os.getppid()},")
     save_result(args, rank=rank, device=str(device), seed=args.seed, drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
                 alike=[same_on_all(7), same_on_all(7 + rank)],
@@ -181,7 +183,7 @@ def ask_the_group(device, args):
 def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # of a batch script
     results = two_ranks(ask_the_group)
-    assert results[0]["listening"]
+    assert results[0]["listening"] or not shutil.which("ss")
     for rank, result in enumerate(results):
         assert result["rank"] == rank
         assert result["device"] == "cpu"
