@@ -345,14 +345,12 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from self._start() if self.num_workers else super().__iter__()
-        except Exception as error:
-            # A worker that could not send a batch tells by its exit code, one that was killed by a negative one.
-            codes = " ".join(
-                os.strerror(w.exitcode) if w.exitcode > 0 else f"{signal.strsignal(-w.exitcode)}"
-                for w in self.workers
-                if w.exitcode
-            )
-            told = f"{type(error).__name__}: {error} {codes}"
+        except (Exception, KeyboardInterrupt) as error:
+            codes = [worker.exitcode for worker in self.workers]
+            for worker in self.workers:  # torch would wait for what each is at, such as an SVM
+                worker.kill()
+            # A worker that could not send a batch tells why by its exit code.
+            told = f"{type(error).__name__}: {error} {[os.strerror(code) for code in codes if code and code > 0]}"
             remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
             if not remedy or (isinstance(error, RunError) and "Too many open files" not in told):
                 raise
@@ -361,17 +359,21 @@ class _Loader(DataLoader):
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # slow to import: once, not by each worker
+        util.Finalize(None, _kill_workers, exitpriority=0)  # at its exit, Python would ask them by a signal, and wait
         try:
             with shielded():
                 return super().__iter__()
         finally:
-            started = set(active_children()) - set(earlier)
-            self.workers += tuple(started)
-            for worker in started:  # at its exit, Python would ask them to end by a signal, and wait for them
-                util.Finalize(None, worker.kill, exitpriority=0)
+            self.workers += tuple(set(active_children()) - set(earlier))
             # torch's handler raises an error wherever the process is, such as inside a save. The next batch tells too.
             if signal.getsignal(signal.SIGCHLD) != handler:
                 signal.signal(signal.SIGCHLD, handler)
+
+
+def _kill_workers() -> None:
+    for process in active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _start_worker(worker: int) -> None:
