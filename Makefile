@@ -17,7 +17,7 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadscope
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py

@@ -79,10 +79,15 @@ def children(parent: int, session: int, word: bytes) -> list[int]:
     return found
 
 
+def ranks_of(launcher: int) -> list[int]:
+    """Ids of its two training processes, as far as they have been started."""
+    return children(launcher, launcher, b"spawn_main")
+
+
 def strike(process: subprocess.Popen, victim: str) -> bool:
     """Kill, if the victim is there yet."""
     session = process.pid
-    ranks = children(session, session, b"spawn_main")
+    ranks = ranks_of(session)
     workers = [pid for rank in ranks for pid in children(rank, session, b"")]
     victims = {"all": processes_of(session), "launcher": [session], "worker": workers[-1:]}
     victims |= {f"rank {number}": [rank] for number, rank in enumerate(ranks)}
