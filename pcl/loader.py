@@ -61,7 +61,7 @@ REMEDIES = {  # of what goes wrong in loading, by the words of the error, which 
     ),
     "Too many open files|ancdata": f"too many open files: raise the limit (ulimit -n 4096), or take {FEWER}",
     "allocate memory|MemoryError": f"out of memory while loading: take {FEWER}",
-    "DataLoader worker .pid": (
+    "DataLoader worker .pid|^Connection|^EOFError": (
         f"a loader process has ended, mostly for want of memory, or of shared memory (docker run --shm-size=8g): take {FEWER}"
     ),
     "AF_UNIX path too long": "the path in TMPDIR is too long for sockets; set another, such as TMPDIR=/tmp",

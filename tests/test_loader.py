@@ -1,7 +1,10 @@
 import contextlib
+import errno
 import gc
 import os
 import resource
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pcl import loader
 from pcl.augment import RecipeView
+from pcl.checkpoint import save
+from pcl.distributed import RunError
 from pcl.images import UnreadableImageError
 from pcl.loader import (
     EpochSampler,
@@ -414,3 +419,63 @@ def test_a_worker_leaves_the_garbage_of_its_process_alone(tmp_path):
     finally:
         gc.enable()
     assert not list(tmp_path.iterdir())
+
+
+class Fails:
+    """Of two images: the second ends in the way that it is given."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return self.how() if number else torch.zeros(1)
+
+
+class Unsendable(str):
+    def __reduce__(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def run_out_of_shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def run_out_of_files():
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+FAILURES = {
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "a loader process has ended, mostly for want of memory"),
+    "shared memory": (run_out_of_shared_memory, r"/dev/shm, .* --shm-size=8g\), or take fewer .*-j 0; .*--num-workers 0"),
+    "open files": (run_out_of_files, "ulimit -n 4096"),
+    "open files while a batch is sent": (Unsendable, "ulimit -n 4096"),
+    "memory": (run_out_of_memory, "out of memory while loading"),
+}
+
+
+@pytest.mark.parametrize(("how", "told"), FAILURES.values(), ids=FAILURES)
+def test_what_a_worker_runs_out_of_is_one_line_with_its_remedy(how, told):
+    with pytest.raises(RunError, match=told):
+        list(make_loader(Fails(how), range(2), 1, workers=1))
+
+
+def test_a_worker_that_dies_is_not_told_in_the_middle_of_other_things(tmp_path):
+    folder = make_loader(Fails(lambda: time.sleep(60)), range(2), 1, workers=1)
+    next(iter(folder))
+    (worker,) = folder.workers
+    worker.kill()
+    worker.join()
+    save(tmp_path / "c.pth.tar", {"epoch": 1})
+
+
+def test_an_image_named_like_a_fault_is_an_unreadable_image(tmp_path):
+    (tmp_path / "shared memory.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match="cannot read the image"):
+        list(make_loader(IndexedFolder(tmp_path, np.asarray), range(1), 1, workers=0))

@@ -12,7 +12,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, free_port, run_script, save_result, weights
+from conftest import ROOT, assert_same, free_port, run_script, save_result, weights, write_voc_shaped
 from PIL import Image
 
 import main_pcl
@@ -212,6 +212,95 @@ def test_signals_are_handled_as_before_once_the_watch_is_closed():
         assert watching.exit_code == PREEMPTED
         watching.close()
     assert {number: signal.getsignal(number) for number in watch.SIGNALS} == before
+
+
+LOADS = """
+import multiprocessing, signal, sys, time
+from pcl.loader import make_loader
+from pcl.watch import SIGNALS
+
+class Slow:
+    def __len__(self):
+        return 10**6
+
+    def __getitem__(self, number):
+        time.sleep(0.02)
+        return number
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    for number, batch in enumerate(make_loader(Slow(), range(10**6), 2, 2)):
+        print(number, flush=True)
+"""
+METHODS = ("fork", "forkserver", "spawn")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("method", METHODS)
+def test_loader_workers_outlive_a_signal_to_all_and_end_with_their_process(tmp_path_factory, method):
+    tmp_path = tmp_path_factory.mktemp("w")  # a fork server's socket lies below it, whose path must be short
+    (tmp_path / "loads.py").write_text(LOADS)
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    with out.open("w") as file:
+        command = [sys.executable, str(tmp_path / "loads.py"), method]
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    end = time.monotonic() + 120
+    for batches in (1, 100, 200):
+        while out.read_text().count("\n") < batches:
+            assert process.poll() is None, out.read_text()
+            assert time.monotonic() < end, out.read_text()
+            time.sleep(0.05)
+        for number in watch.SIGNALS:
+            os.killpg(process.pid, number)
+    assert out.read_text().replace("\n", "").isdigit()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while faults.processes_of(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert not list(temporary.glob("pymp-*"))
+
+
+SCRIPTS = """
+import multiprocessing, runpy, shlex, sys
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    for command in sys.argv[2:]:
+        sys.argv = shlex.split(command)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    print("all done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_each_script_ends_under_other_start_methods_and_leaves_nothing(image_folder, six_classes, tmp_path_factory, method):
+    tmp_path = tmp_path_factory.mktemp("w")  # a fork server's socket lies below it, whose path must be short
+    (tmp_path / "scripts.py").write_text(SCRIPTS)
+    (tmp_path / "tmp").mkdir()
+    voc, network = write_voc_shaped(tmp_path / "voc"), "--random-init -a shufflenet_v2_x0_5 --image-size 32"
+    commands = [
+        f"{ROOT}/main_pcl.py {image_folder} {SETTINGS} --epochs 1 --warmup-epoch 0 -j 1 --exp-dir run",
+        f"{ROOT}/eval_cls_imagenet.py {six_classes} {network} --epochs 1 --lr 0.03 --schedule 1 -b 8 -j 1",
+        f"{ROOT}/eval_svm_voc.py {voc} {network} --num-workers 1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, str(tmp_path / "scripts.py"), method, *commands]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out, start_new_session=True)
+    assert process.wait(400) == 0, (tmp_path / "out").read_text()
+    assert (tmp_path / "out").read_text().endswith("all done\n")
+    end = time.monotonic() + 20
+    while faults.processes_of(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not list((tmp_path / "tmp").glob("pymp-*"))
 
 
 HOLDER = (
