@@ -346,9 +346,11 @@ class _Loader(DataLoader):
         try:
             yield from self._start() if self.num_workers else super().__iter__()
         except (Exception, KeyboardInterrupt) as error:
-            codes = [worker.exitcode for worker in self.workers]
-            for worker in self.workers:  # torch would wait for what each is at, such as an SVM
-                worker.kill()
+            codes = []
+            for worker in self.workers:
+                worker.join(0.5 / len(self.workers))  # one may be just about to end
+                codes.append(worker.exitcode)
+                worker.kill()  # torch would wait for what it is at, such as an SVM
             # A worker that could not send a batch tells why by its exit code.
             told = f"{type(error).__name__}: {error} {[os.strerror(code) for code in codes if code and code > 0]}"
             remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
