@@ -147,11 +147,12 @@ def train(run: Run, epochs: int, args: argparse.Namespace) -> None:
     if not goal.exists():
         command = [sys.executable, str(ROOT / "benchmarks" / "resnet8.py"), "main_pcl.py", str(args.data)]
         command += [*command_of(run, PLAN, args.extra).split(), "--seed", str(run.seed), "--exp-dir", str(folder)]
+        last = epochs == settings_of(run, args).epochs
         # A session of its own: Ctrl-C is for this process, which lets it save.
         process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         try:
-            while process.poll() is None and not (goal.exists() and epochs < settings_of(run, args).epochs):
-                time.sleep(1)
+            while process.poll() is None and (last or not goal.exists()):
+                time.sleep(0.5)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
