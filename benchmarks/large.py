@@ -170,6 +170,7 @@ def measure_all(args: argparse.Namespace) -> None:
     runs = queue(replace(PLAN, rows=((BASELINES, range(1)),)), {}) + trained_runs(args)
     for run in runs:
         if run.method in BASELINES:
+            (args.work / "runs" / run.name).mkdir(parents=True, exist_ok=True)
             score(run, 0, backbone_of(run, PLAN, args, {}), args)
             continue
         settings = settings_of(run, args)
@@ -290,7 +291,8 @@ def gains_of(out: Path) -> Gains:
         for folder, network in ((name, "ResNet-18"), (f"{name}/resnet8", "ResNet-8")):
             found: dict[str, list[dict]] = {}
             for result in results_in(replication / folder).values():
-                found.setdefault(result["method"], []).append(result)
+                if result["data"] == "final":
+                    found.setdefault(result["method"], []).append(result)
             add(f"{name}, 5,000 images, {network}", found["pcl-v2"], found["moco-v2"],
                 PURITY_OF_RESNET18[name] if network == "ResNet-18" else None)  # fmt: skip
             if oracle := found.get("pcl-v2-oracle"):
