@@ -9,8 +9,8 @@ The protocol is that of `replicate.py`, MoCo v2 against PCL v2, with these diffe
 pre-train on, and their labels serve the scores. Nothing is chosen: the settings are the README's for 50,000 images. A new
 E-step comes every 5 epochs, 1,000 steps (published: 5,000). Both methods are the same in warm-up, which is trained once. They
 take turns of 10 epochs (`--save-freq`), so that their curves are of one length whenever time ends. The learning rate falls
-towards epoch 100: the scores before it are of unfinished runs. The learning rate of the probe was chosen on Fashion-MNIST
-with 5,000 images.
+towards epoch 100: the scores before it are of unfinished runs. The learning rate of the probe is the one chosen for MoCo on
+5,000 images of Fashion-MNIST; for the random network and for pixels none was chosen, so that their probes may be too low.
 
 Options that are not this script's own go to main_pcl.py.
 """
