@@ -60,7 +60,6 @@ from pcl.loader import (
 )
 from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
 from pcl.losses import instance_logits, prototype_loss
-from pcl.metrics import topk_accuracy
 from pcl.monitor import Monitor, keep_e_step
 from pcl.sharded import cluster_all_sharded
 from pcl.terminal import warn
@@ -411,7 +410,8 @@ def m_step(
             q, k, queue = model(im_q, im_k)
         logits, target = instance_logits(q, k, queue, args.temperature)
         loss_instance = F.cross_entropy(logits, target)
-        figures = {"loss_instance": loss_instance, "acc_instance": topk_accuracy(logits, target)}
+        highest = logits.detach()[:, 0] >= logits.detach().amax(dim=1)  # in an eighth of the time that a topk takes
+        figures = {"loss_instance": loss_instance, "acc_instance": highest.float().mean()}
         loss = loss_instance
         if clusterings:
             loss_prototype, acc_prototype = prototype_loss(q, index, clusterings, args.pcl_r, args.mask_duplicates)
@@ -436,7 +436,7 @@ def m_step(
 
 def check_loss(meters: Meters, epoch: int, args: argparse.Namespace) -> None:
     """Stop before weights that are not numbers are saved."""
-    if is_main() and (step := int(meters.finite_steps) + 1) <= meters.steps:
+    if is_main() and (step := meters.finite_steps + 1) <= meters.steps:
         raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(epoch, args, step)}")
 
 

@@ -45,7 +45,6 @@ class MoCo(nn.Module):
     ) -> None:
         super().__init__()
         self.r, self.m = r, m
-        self._scratch: list[Tensor] = []  # as large as an encoder
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -84,12 +83,13 @@ class MoCo(nn.Module):
         """Move the key encoder's weights a step towards the query encoder's; its BatchNorm statistics are its own."""
         keys: list[Tensor] = list(self.encoder_k.parameters())
         queries: list[Tensor] = list(self.encoder_q.parameters())
-        if not self._scratch:  # kept, since memory that is fresh at every step costs more than the arithmetic
-            self._scratch = [torch.empty_like(query) for query in queries]
-        torch._foreach_copy_(self._scratch, queries)
-        torch._foreach_mul_(self._scratch, 1 - self.m)
-        torch._foreach_mul_(keys, self.m)
-        torch._foreach_add_(keys, self._scratch)
+        if self.queue.device.type == "cpu":  # no memory but theirs, and a key's weights are read again while in the cache
+            one = torch.ones((), dtype=queries[0].dtype)
+            for key, query in zip(keys, queries, strict=True):  # `add_` with alpha would round once less than published
+                key.mul_(self.m).addcmul_(query, one, value=1 - self.m)
+        else:  # a few kernels for all
+            torch._foreach_mul_(keys, self.m)
+            torch._foreach_add_(keys, torch._foreach_mul(queries, 1 - self.m))
 
     @torch.no_grad()
     def _encode_keys(self, im_k: Tensor) -> Tensor:

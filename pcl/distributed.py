@@ -583,10 +583,10 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
         (B, ..) this rank's rows in their order. The host does not wait for a GPU, since it knows who sends what to whom.
     """
     rank, world = get_rank(), get_world_size()
+    if world == 1:
+        return rows[on_device(order[0], rows.device)]
     holder = order // len(rows)  # (W, B) the rank that has each
     sent = rows[on_device(order[holder == rank] - rank * len(rows), rows.device)].contiguous()
-    if world == 1:
-        return sent
     received, lengths = torch.empty_like(sent), holder[rank].bincount(minlength=world).tolist()
     dist.all_to_all_single(received, sent, lengths, (holder == rank).sum(dim=1).tolist())
     return received[on_device(holder[rank].argsort(stable=True).argsort(), rows.device)]  # they came rank by rank

@@ -57,7 +57,7 @@ class Begun:
             log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
             return cls(state["epoch"])
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
-        meters = Meters.go_on(state["meters"], device) if state["steps"] else Meters()
+        meters = Meters.go_on(state["meters"]) if state["steps"] else Meters()
         return cls(state["epoch"], state["steps"], clusterings, meters)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import sys
@@ -34,34 +35,47 @@ def log(message: str) -> None:
 
 
 class Meters:
-    """Running means; kept where the figures are, so that adding to them does not make the host wait for a GPU."""
+    """Running means. What is added waits where it is until a mean is asked for, so that no step waits for a GPU."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.finite_steps: Tensor | int = 0
+        self.steps = self._finite = 0
+        self._sums: dict[str, float] = {}
+        self._waiting: list[dict[str, Tensor]] = []  # of the last steps
 
     @classmethod
-    def go_on(cls, state: dict[str, Any], device: torch.device) -> Meters:
+    def go_on(cls, state: dict[str, Any]) -> Meters:
         """The meters of which `state_over_ranks` told."""
         meters = cls()
-        meters.steps = meters.finite_steps = state["steps"]
-        meters.sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state["sums"].items()}
+        meters.steps = meters._finite = state["steps"]
+        meters._sums = dict(state["sums"])
         return meters
 
     def add(self, **figures: Tensor) -> None:
         """Add a scalar for each name, the same names at each step."""
-        figures = {name: figure.detach().double() for name, figure in figures.items()}
-        for name, figure in figures.items():
-            self.sums[name] = self.sums[name] + figure if name in self.sums else figure
-        self.finite_steps = self.finite_steps + torch.stack(list(figures.values())).isfinite().all()
+        self._waiting.append({name: figure.detach() for name, figure in figures.items()})
         self.steps += 1
+        if len(self._waiting) == 1000:  # enough memory for scalars
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self._waiting:
+            figures = torch.stack([figure for step in self._waiting for figure in step.values()])
+            for row in figures.view(len(self._waiting), -1).tolist():
+                for name, figure in zip(self._waiting[0], row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + figure
+                self._finite += all(map(math.isfinite, row))
+            self._waiting = []
+
+    @property
+    def finite_steps(self) -> int:
+        """Steps all of whose figures were finite numbers (waits for the device)."""
+        self._add_up()
+        return self._finite
 
     def means(self) -> dict[str, float]:
-        """The mean of each figure since the start (waits for the device once)."""
-        if not self.sums:
-            return {}
-        return dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps).tolist(), strict=True))
+        """The mean of each figure since the start (waits for the device)."""
+        self._add_up()
+        return {name: total / self.steps for name, total in self._sums.items()}
 
     def means_over_ranks(self) -> dict[str, float]:
         """The same over all ranks; every rank must call it."""

@@ -58,7 +58,7 @@ def two_steps(options, device, monkeypatch):
         begun = Begun(0, clusterings=list(clusterings_on(device)))
         main_pcl.m_step(distributed._Alone(model), Batches(args, witness), optimizer, begun, args, None)
     loader.pixel_statistics.cache_clear()
-    assert {total.device.type for total in begun.meters.sums.values()} == {device}
+    assert {figure.device.type for step in begun.meters._waiting for figure in step.values()} == {device}
     return model, witness
 
 

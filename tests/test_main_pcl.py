@@ -204,7 +204,7 @@ def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, op
         return args
 
     clusterings = [Clustering(torch.zeros(25, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k)) for k in (3, 5)]
-    state = Begun(1, 2, clusterings, Meters.go_on({"steps": 2, "sums": {"loss": 3.0}}, "cpu")).state_over_ranks(parsed())
+    state = Begun(1, 2, clusterings, Meters.go_on({"steps": 2, "sums": {"loss": 3.0}})).state_over_ranks(parsed())
     if options == "other images":
         (folder / "a" / "00.png").write_bytes(b"of another size")
         options = ""
