@@ -242,8 +242,10 @@ def test_a_training_step_s_forward_does_not_wait_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_momentum_update_is_the_plain_one_to_the_bit():
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # of the queue: the weights stay, but take the way of a GPU's
+def test_the_momentum_update_is_the_plain_one_to_the_bit(device):
     model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=4, r=10, m=0.999)
+    model.queue = model.queue.to(device)
     for parameter in model.encoder_q.parameters():
         parameter.data.add_(torch.randn_like(parameter))
     expected = [

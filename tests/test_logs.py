@@ -18,6 +18,19 @@ def test_meters_are_means():
         meters.add(loss=torch.tensor(value, requires_grad=True), acc=torch.tensor(value / 10))
     assert meters.means() == pytest.approx({"loss": 3, "acc": 0.3})
     assert meters.means_over_ranks() == pytest.approx({"loss": 3, "acc": 0.3})
+    meters = Meters.go_on(meters.state_over_ranks())
+    meters.add(loss=torch.tensor(7.0), acc=torch.tensor(0.7, dtype=torch.float64))
+    assert meters.means() == pytest.approx({"loss": 4, "acc": 0.4})
+    meters.add(loss=torch.tensor(torch.nan), acc=torch.tensor(0.4))
+    assert (meters.finite_steps, meters.steps) == (4, 5)
+
+
+def test_meters_that_nobody_asks_keep_few_figures():
+    meters = Meters()
+    for _ in range(1500):
+        meters.add(loss=torch.tensor(0.1))
+    assert len(meters._waiting) == 500
+    assert meters.means() == pytest.approx({"loss": 0.1})
 
 
 @pytest.mark.parametrize(
