@@ -26,41 +26,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcl import checkpoint, cli
-from pcl.builder import extract_features
-from pcl.distributed import RunError, get_rank, is_main, parallel, seed_everything, total_processes, wait_for_main
+from pcl import checkpoint
+from pcl.augment import center_view, crop_view, normalize
+from pcl.distributed import get_rank, is_main, seed_everything, wait_for_main
+from pcl.errors import RunError
+from pcl.features import extract_features
 from pcl.images import list_folder, tell_left_out
-from pcl.loader import EpochSampler, IndexedFolder, center_view, crop_view, make_loader, normalize, share_of_rank
-from pcl.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
+from pcl.loader import EpochSampler, IndexedFolder, make_loader, share_of_rank
 from pcl.metrics import topk_accuracy
-from pcl.watch import leave_on_signals
+from pcl.run import inputs, launch, options, preflight
+from pcl.run.launch import parallel
+from pcl.run.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
+from pcl.run.rendezvous import total_processes
+from pcl.terminal import leave_on_signals
 
 RESULTS = Path("Linear_eval")  # as published
 LAST = "checkpoint.pth.tar"
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """The command line."""
     # fmt: off
-    parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
-    cli.add_backbone_arguments(parser)
-    cli.add_training_arguments(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
-    cli.add_launch_arguments(parser)
+    parser = options.Parser(__doc__)
+    parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
+    options.add_backbone_arguments(parser)
+    options.add_training_arguments(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
+    options.add_launch_arguments(parser)
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
-    probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
+    probe.add_argument("--percent", type=options.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
     probe.add_argument("--id", type=folder_name, default="linear", metavar="NAME",
                        help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
-    cli.add_output_argument(parser)
+    options.add_output_argument(parser)
     # fmt: on
     return parser
 
 
 def folder_name(text: str) -> str:
     """A name below `RESULTS`, in which it stays."""
-    cli.reachable(text and str(RESULTS / f"{text}_tensorboard"))
+    options.reachable(text and str(RESULTS / f"{text}_tensorboard"))
     if Path(text).is_absolute() or not Path(text).parts or ".." in Path(text).parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder in {RESULTS}")
     return text
@@ -70,14 +75,14 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     check(parser, args)
-    cli.launch_or_exit(parser, probe, args)
+    launch.launch_or_exit(parser, probe, args)
 
 
-def check(parser: cli.Parser, args: argparse.Namespace) -> None:
+def check(parser: options.Parser, args: argparse.Namespace) -> None:
     """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
-    cli.check_launch(parser, args)
-    cli.check_batch(parser, args)
-    train, val = (cli.open_folder(parser, args.data, split) for split in ("train", "val"))
+    preflight.check_launch(parser, args)
+    preflight.check_batch(parser, args)
+    train, val = (inputs.open_folder(parser, args.data, split) for split in ("train", "val"))
     if train.classes != val.classes:
         name = min(set(train.classes) ^ set(val.classes))
         parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
@@ -86,10 +91,10 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
             f"DIR {args.data}: {len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
         )
     check_numbers(parser, args, train, val)
-    cli.check_output(parser, args)
+    preflight.check_output(parser, args)
     for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):
-        cli.check_folder(parser, f"--id {args.id}", place)
-    cli.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
+        preflight.check_folder(parser, f"--id {args.id}", place)
+    preflight.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
     try:
         state = open_probe(args, train.classes).state
         check_other_run(args)
@@ -106,11 +111,11 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
     elif args.start_epoch >= args.epochs:
         parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
     if args.evaluate:
-        cli.leave_out_unreadable(parser, args, val)
+        inputs.leave_out_unreadable(parser, args, val)
     else:
-        train, val = cli.leave_out_unreadable(parser, args, train, val)
+        train, val = inputs.leave_out_unreadable(parser, args, train, val)
         check_numbers(parser, args, train, val)
-        args.files, args.processes = cli.describe_files(train, val), total_processes(args)
+        args.files, args.processes = inputs.describe_files(train, val), total_processes(args)
 
 
 def check_other_run(args: argparse.Namespace) -> None:
@@ -125,7 +130,7 @@ def check_other_run(args: argparse.Namespace) -> None:
         raise RunError(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
 
 
-def check_numbers(parser: cli.Parser, args: argparse.Namespace, train: IndexedFolder, val: IndexedFolder) -> None:
+def check_numbers(parser: options.Parser, args: argparse.Namespace, train: IndexedFolder, val: IndexedFolder) -> None:
     """Stop if a class has no image, or a process has none."""
     for images, split in ((train, "train"), (val, "val")):
         count = np.bincount(images.labels, minlength=len(images.classes))
@@ -158,7 +163,7 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
         last = RESULTS / args.id / LAST
         resume = str(last) if last.exists() else None
     if not resume:
-        backbone, source = cli.open_backbone(args)
+        backbone, source = inputs.open_backbone(args)
         with torch.no_grad():  # of a copy without numbers, which takes no time however large the images are
             size = (
                 copy.deepcopy(backbone).to("meta")(torch.zeros(1, 3, args.image_size, args.image_size, device="meta")).shape[1]
@@ -177,7 +182,7 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
     if state["classes"] != classes:
         raise checkpoint.CheckpointError(f"--resume: {resume} was trained on other classes than those of {args.data}")
     if args.pretrained:
-        given, _ = cli.open_backbone(args)
+        given, _ = inputs.open_backbone(args)
         if changed := first_difference(network, given.state_dict()):
             raise checkpoint.CheckpointError(f"--resume: {resume} has another backbone than --pretrained, {changed}")
     return Probe(network, head, state["source"], state)
@@ -196,13 +201,13 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     model.backbone.to(device).requires_grad_(False)
     model.head.to(device)
     if model.state:
-        cli.note_changes(model.state, {"image_size": str(args.image_size)} if args.evaluate else cli.settings(args))
-    batch, workers = cli.batch_and_workers(args)
+        options.note_changes(model.state, {"image_size": str(args.image_size)} if args.evaluate else options.settings(args))
+    batch, workers = options.batch_and_workers(args)
     log(f"machine: {describe_machine()}")
-    cli.note_image_size(args)
+    inputs.note_image_size(args)
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
     for images in (train_set, val_set):
-        cli.check_same_images(images)
+        inputs.check_same_images(images)
         for line in images.remarks() if is_main() else []:
             log(line)
 
@@ -226,7 +231,7 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     if model.state:
         checkpoint.load_optimizer(optimizer, model.state["optimizer"])
         args.start_epoch, history = model.state["epoch"], model.state["history"]
-    cli.keep_unreadable(RESULTS / args.id, args)
+    inputs.keep_unreadable(RESULTS / args.id, args)
     board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
     untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
 
@@ -268,10 +273,10 @@ def train_head(
     record: RunLog,
 ) -> dict[str, float]:
     """One epoch of SGD on the head; the figures that TensorBoard shows."""
-    lr = cli.set_learning_rate(optimizer, args, epoch)
+    lr = options.set_learning_rate(optimizer, args, epoch)
     meters = Meters()
     label = f"epoch {epoch + 1}/{args.epochs}"
-    progress = StepProgress(label, len(loader), cli.global_batch(args), args.print_freq, record, epoch)
+    progress = StepProgress(label, len(loader), options.global_batch(args), args.print_freq, record, epoch)
     for step, (images, index) in progress.batches(loader):
         target = labels[index.to(labels.device, non_blocking=True)]
         with torch.no_grad():
@@ -325,7 +330,7 @@ def save(
         "history": history,
         "seed": args.seed,
         "deterministic": args.deterministic,
-        "args": cli.settings(args),
+        "args": options.settings(args),
     }
     if history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)

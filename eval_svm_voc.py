@@ -26,13 +26,16 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.utils.data import Dataset
 
-from pcl import checkpoint, cli, voc
-from pcl.builder import extract_features
-from pcl.distributed import FORESEEN, available_cores, reason_of, seed_everything
-from pcl.loader import center_view, make_loader
-from pcl.logs import describe_machine, log, track, write_result
+from pcl import checkpoint, voc
+from pcl.augment import center_view
+from pcl.distributed import available_cores, seed_everything
+from pcl.errors import FORESEEN, reason_of
+from pcl.features import extract_features
+from pcl.loader import make_loader
 from pcl.metrics import average_precision
-from pcl.watch import leave_on_signals
+from pcl.run import inputs, options, preflight
+from pcl.run.logs import describe_machine, log, track, write_result
+from pcl.terminal import leave_on_signals
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
@@ -61,25 +64,25 @@ class Job(NamedTuple):
     held_out: np.ndarray | None = None  # training images to score; None: the test set
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """The command line."""
     # fmt: off
-    parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
+    parser = options.Parser(__doc__)
+    parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, as far as it is not there")
-    cli.add_backbone_arguments(parser)
+    options.add_backbone_arguments(parser)
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
-    parser.add_argument("--cost", type=cli.costs, default="0.5", metavar="C,C,..",
+    parser.add_argument("--cost", type=options.costs, default="0.5", metavar="C,C,..",
                         help="cost of the SVMs; of several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
-    parser.add_argument("--batch-size", type=cli.integer(1, cli.LARGEST_BATCH), default=128, metavar="N",
+    parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
+    parser.add_argument("--batch-size", type=options.integer(1, options.LARGEST_BATCH), default=128, metavar="N",
                         help="images passed through at once")
-    parser.add_argument("--num-workers", type=cli.integer(0, cli.MOST_PROCESSES), default=8, metavar="N",
+    parser.add_argument("--num-workers", type=options.integer(0, options.MOST_PROCESSES), default=8, metavar="N",
                         help="loader processes, at most one a core")
-    cli.add_output_argument(parser)
+    options.add_output_argument(parser)
     # fmt: on
     parser.set_defaults(processes=available_cores())  # that fit SVMs; 0: this one
     return parser
@@ -95,16 +98,16 @@ def main() -> None:
         parser.fail(1, reason_of(error))
 
 
-def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:
+def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:
     """The network, what it is, training and test images; stops on what cannot work, before anything is computed or written."""
     if not args.download and not args.data.is_dir():
         parser.error(f"DIR {args.data}: no such folder; --download makes it")
     if args.download:
-        cli.check_folder(parser, "DIR", args.data)
-    cli.check_output(parser, args)
+        preflight.check_folder(parser, "DIR", args.data)
+    preflight.check_output(parser, args)
     seed_everything(args.seed)  # random weights are to be the same each time
     try:
-        network, source = cli.open_backbone(args)
+        network, source = inputs.open_backbone(args)
     except checkpoint.CheckpointError as error:
         parser.error(str(error))
     try:
@@ -112,7 +115,7 @@ def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, d
         check(train, test, max(SHOTS) if args.low_shot else 1)
     except voc.VOCError as error:
         parser.error(f"DIR {args.data}: {error}")
-    cli.check_image_size(parser, args, max(len(train), len(test)), len(train) + len(test))
+    preflight.check_image_size(parser, args, max(len(train), len(test)), len(train) + len(test))
     return network, source, train, test
 
 
@@ -121,7 +124,7 @@ def evaluate(
 ) -> None:
     """Everything that the options ask for."""
     log(f"machine: {describe_machine()}")
-    cli.note_image_size(args)
+    inputs.note_image_size(args)
     log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
 
     start = time.monotonic()

@@ -18,115 +18,101 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcl import checkpoint, cli
-from pcl.augment import RecipeView, finish
-from pcl.builder import MoCo, extract_share, split_batch_norm
-from pcl.clustering import Clustering, cluster_all, faiss_lacks
+from pcl import checkpoint, networks
+from pcl.augment import RecipeView, TwoViews, center_view, finish, normalize, random_view
+from pcl.builder import MoCo, split_batch_norm
+from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import (
-    RunError,
     add_over_ranks,
-    available_cores,
-    exit_stopped,
     gather_interleaved,
     get_rank,
-    get_world_size,
-    guarded,
     is_main,
-    leave_if_asked,
-    parallel,
     same_on_all,
     seed_everything,
     shared_map,
-    should_stop,
     wait_for_main,
 )
-from pcl.epoch import Begun, is_whole
+from pcl.errors import RunError
+from pcl.features import extract_share
 from pcl.images import read_image, read_tensor
-from pcl.loader import (
-    EpochSampler,
-    IndexedFolder,
-    TwoViews,
-    center_view,
-    make_loader,
-    normalize,
-    random_view,
-    share_of_rank,
-)
-from pcl.logs import Meters, RunLog, StepProgress, describe_machine, log, track, versions
+from pcl.loader import EpochSampler, IndexedFolder, make_loader, share_of_rank
 from pcl.losses import instance_logits, prototype_loss
-from pcl.monitor import Monitor, keep_e_step
+from pcl.run import inputs, launch, options, preflight, rendezvous
+from pcl.run.launch import exit_stopped, guarded, leave_if_asked, parallel, should_stop
+from pcl.run.logs import Meters, RunLog, StepProgress, log, track
+from pcl.run.monitor import Monitor, keep_e_step, val_folder, val_loader
+from pcl.run.progress import Begun, is_whole
+from pcl.run.report import draw_pictures, introduce, look_alike, remedy, tell_the_limit
 from pcl.sharded import cluster_all_sharded
-from pcl.terminal import warn
-from pcl.watch import leave_on_signals
+from pcl.terminal import leave_on_signals, warn
 
 
-def get_parser() -> cli.Parser:
+def get_parser() -> options.Parser:
     """The command line."""
     # fmt: off
-    parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=cli.path, metavar="DIR",
+    parser = options.Parser(__doc__)
+    parser.add_argument("data", type=options.path, metavar="DIR",
                         help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images alone")
-    cli.add_training_arguments(
+    options.add_training_arguments(
         parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100
     )
-    cli.add_launch_arguments(parser)
+    options.add_launch_arguments(parser)
     model = parser.add_argument_group("model and loss")
-    model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=checkpoint.architectures(),
+    model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=networks.architectures(),
                        help="a torchvision classifier with an fc head: resnet18, resnet50, wide_resnet50_2, ..")
-    model.add_argument("--low-dim", type=cli.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
-    model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
+    model.add_argument("--low-dim", type=options.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
+    model.add_argument("--pcl-r", type=options.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
-    model.add_argument("--moco-m", type=cli.fraction, default=0.999, metavar="M",
+    model.add_argument("--moco-m", type=options.fraction, default=0.999, metavar="M",
                        help="momentum of the key encoder; short runs need a smaller one, such as 0.99")
-    model.add_argument("--temperature", type=cli.positive_float, default=0.2, metavar="T",
+    model.add_argument("--temperature", type=options.positive_float, default=0.2, metavar="T",
                        help="of InfoNCE, and the mean concentration of the prototypes")
     model.add_argument("--mlp", action="store_true", help="a hidden layer in the head (v2)")
     model.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation (v2)")
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
-    model.add_argument("--image-size", type=cli.integer(1, cli.LARGEST_SIDE), default=224, metavar="PIXELS",
+    model.add_argument("--image-size", type=options.integer(1, options.LARGEST_SIDE), default=224, metavar="PIXELS",
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
     model.add_argument("--augment-on", choices=["workers", "device"], default="workers",
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
     model.add_argument("--amp", choices=["off", "bf16"], default="off", help="features in bfloat16: faster on new GPUs")
     model.add_argument("--channels-last", action="store_true", help="another layout of images and weights: faster with --amp")
     em = parser.add_argument_group("expectation-maximisation")
-    em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,..",
+    em.add_argument("--num-cluster", type=options.integers, default="25000,50000,100000", metavar="K,K,..",
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
-    em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
+    em.add_argument("--warmup-epoch", type=options.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
     em.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
                     help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
                     "sharded leaves features on their rank, for very many images")
     em.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
-    em.add_argument("--monitor-freq", type=cli.natural, default=10, metavar="N",
+    em.add_argument("--monitor-freq", type=options.natural, default=10, metavar="N",
                     help="look whether it learns after each E-step and every N epochs of warm-up; 0 never, nor draw pictures")
     small = parser.add_argument_group("small data", "what the published algorithm does without; the README says when it helps")
     small.add_argument("--small-stem", action="store_true",
                        help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
-    small.add_argument("--bn-splits", type=cli.positive, default=1, metavar="S",
+    small.add_argument("--bn-splits", type=options.positive, default=1, metavar="S",
                        help="BatchNorm statistics over each of S groups of a process's batch, as over S GPUs")
     small.add_argument("--mask-duplicates", action="store_true",
                        help="an image's own prototype is no negative of it where it is another image's of the batch too")
-    small.add_argument("--kmeans-every", type=cli.positive, default=1, metavar="E",
+    small.add_argument("--kmeans-every", type=options.positive, default=1, metavar="E",
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
-    small.add_argument("--proto-weight", type=cli.nonnegative_float, default=1.0, metavar="W",
+    small.add_argument("--proto-weight", type=options.nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
     files = parser.add_argument_group("files")
-    files.add_argument("--exp-dir", type=cli.path, default=Path("experiment_pcl"), metavar="DIR",
+    files.add_argument("--exp-dir", type=options.path, default=Path("experiment_pcl"), metavar="DIR",
                        help="checkpoints, log.jsonl, TensorBoard's files and figures")
-    files.add_argument("--save-freq", type=cli.positive, default=5, metavar="N",
+    files.add_argument("--save-freq", type=options.positive, default=5, metavar="N",
                        help="epochs between two checkpoints that are kept; the last epoch is always kept")
-    files.add_argument("--save-steps", type=cli.natural, default=1000, metavar="N",
+    files.add_argument("--save-steps", type=options.natural, default=1000, metavar="N",
                        help=f"steps between two saves into {checkpoint.LAST}, which is rewritten after each epoch too; 0 none")
-    files.add_argument("--keep", type=cli.natural, default=0, metavar="N",
+    files.add_argument("--keep", type=options.natural, default=0, metavar="N",
                        help="remove kept checkpoints but for the newest N; 0 keeps all")
-    files.add_argument("--keep-every", type=cli.natural, default=0, metavar="N",
+    files.add_argument("--keep-every", type=options.natural, default=0, metavar="N",
                        help="with --keep, spare those of every N-th epoch")
     # fmt: on
     return parser
@@ -139,29 +125,29 @@ def main() -> None:
     if args.start_epoch >= args.epochs:
         log(f"nothing is left to do: {args.resume} has all of its {args.epochs} epochs")
         return
-    cli.launch_or_exit(parser, train, args)
+    launch.launch_or_exit(parser, train, args)
 
 
-def check(parser: cli.Parser, args: argparse.Namespace) -> None:
+def check(parser: options.Parser, args: argparse.Namespace) -> None:
     """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
-    cli.check_launch(parser, args)
-    cli.check_batch(parser, args)
-    images = cli.open_folder(parser, args.data, "train", labelled=False)
+    preflight.check_launch(parser, args)
+    preflight.check_batch(parser, args)
+    images = inputs.open_folder(parser, args.data, "train", labelled=False)
     args.images = images.root
     check_number(parser, args, len(images))
-    batch = cli.global_batch(args)
+    batch = options.global_batch(args)
     if args.pcl_r < batch:
         parser.error(f"--pcl-r {args.pcl_r}: the queue is shorter than one batch; raise it to {batch} or more")
-    cli.check_memory(parser, f"--pcl-r {args.pcl_r}", args.pcl_r * args.low_dim, "the queue")
+    preflight.check_memory(parser, f"--pcl-r {args.pcl_r}", args.pcl_r * args.low_dim, "the queue")
     views = 2 * 3 * args.batch_size * args.image_size**2
-    cli.check_memory(parser, f"--image-size {args.image_size}", views, f"the views of --batch-size {args.batch_size}")
+    preflight.check_memory(parser, f"--image-size {args.image_size}", views, f"the views of --batch-size {args.batch_size}")
     if args.kmeans == "super" and args.low_dim < 32:
         parser.error(f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}")
     if args.kmeans_tf32 and args.kmeans != "sharded":
         parser.error(f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}")
-    if args.small_stem and not checkpoint.takes_small_stem(args.arch):
-        parser.error(cli.no_small_stem(args.arch))
-    own_batch, _ = cli.batch_and_workers(args)
+    if args.small_stem and not networks.takes_small_stem(args.arch):
+        parser.error(networks.no_small_stem(args.arch))
+    own_batch, _ = options.batch_and_workers(args)
     if args.bn_splits > 1 and (own_batch % args.bn_splits or own_batch < 2 * args.bn_splits):
         remedy = "take a divisor of it that leaves two images or more in a group"
         parser.error(f"--bn-splits {args.bn_splits}: a process's batch has {own_batch} images; {remedy}")
@@ -169,9 +155,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--cos and --schedule exclude each other; leave one out")
     if args.keep_every and not args.keep:
         parser.error(f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too")
-    cli.check_folder(parser, "--exp-dir", args.exp_dir)
+    preflight.check_folder(parser, "--exp-dir", args.exp_dir)
     args.automatic, notes, state = args.resume == "auto", [], None
-    with checkpoint.without_numbers():
+    with networks.without_numbers():
         model = make_model(args)
     if own_batch == 1:
         check_lone_image(parser, model, args)
@@ -201,19 +187,23 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> None:
         warn(note)
     if args.start_epoch < args.epochs:
         val = val_folder(args)
-        images, *_ = cli.leave_out_unreadable(parser, args, images, *([val] if val else []))
+        images, *_ = inputs.leave_out_unreadable(parser, args, images, *([val] if val else []))
         check_number(parser, args, len(images))
-        args.num_images, args.files, args.processes = len(images), cli.describe_files(images), cli.total_processes(args)
+        args.num_images, args.files, args.processes = (
+            len(images),
+            inputs.describe_files(images),
+            rendezvous.total_processes(args),
+        )
         if state and not is_whole(state, args):
             parser.error(f"--resume: {args.resume} does not tell what is done of epoch {state['epoch'] + 1}; name another file")
 
 
-def check_lone_image(parser: cli.Parser, model: MoCo, args: argparse.Namespace) -> None:
+def check_lone_image(parser: options.Parser, model: MoCo, args: argparse.Namespace) -> None:
     """Stop if BatchNorm would have but one number of a channel to normalize, where a process has one image in a step."""
     try:
         model.encoder_q(torch.empty(1, 3, args.image_size, args.image_size, device="meta"))
     except ValueError:
-        remedy = f"give -b {2 * cli.local_processes(args)} or more, or a larger --image-size"
+        remedy = f"give -b {2 * rendezvous.local_processes(args)} or more, or a larger --image-size"
         parser.error(f"--batch-size {args.batch_size}: BatchNorm needs more than one image in a process's step; {remedy}")
 
 
@@ -236,9 +226,9 @@ def check_other_run(args: argparse.Namespace) -> None:
         )
 
 
-def check_number(parser: cli.Parser, args: argparse.Namespace, num_images: int) -> None:
+def check_number(parser: options.Parser, args: argparse.Namespace, num_images: int) -> None:
     """Stop if there are fewer images than a batch or the clusters need."""
-    batch = cli.global_batch(args)
+    batch = options.global_batch(args)
     if num_images < batch:
         parser.error(f"--batch-size: {batch} images in a step, but {args.images} holds {num_images}; lower it")
     if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
@@ -253,10 +243,10 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     view = (RecipeView if on_device else random_view)(args.image_size, args.aug_plus)
     read = read_tensor if on_device else read_image
     train_set = IndexedFolder(args.images, TwoViews(view), args.seed, read, skip=args.unreadable)
-    cli.check_same_images(train_set)
-    cli.keep_unreadable(args.exp_dir, args)
+    inputs.check_same_images(train_set)
+    inputs.keep_unreadable(args.exp_dir, args)
     center_set = train_set.with_transform(center_view(args.image_size, tensors=on_device))
-    batch, workers = cli.batch_and_workers(args)
+    batch, workers = options.batch_and_workers(args)
     sampler = EpochSampler(train_set, args.seed)
     train_loader = make_loader(train_set, sampler, batch, workers, drop_last=True)
     # No gradients are kept in the E-step, so that five times the images fit.
@@ -298,7 +288,7 @@ def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
     if args.resume:
         state = checkpoint.load_for_resume(args.resume, model.module, args.arch)
         checkpoint.load_optimizer(optimizer, state["optimizer"])
-        cli.note_changes(state, cli.settings(args))
+        options.note_changes(state, options.settings(args))
         begun = Begun.of_checkpoint(state, device, args)
     args.start_epoch, args.start_step = begun.epoch, begun.steps
     if not same_on_all(begun.epoch * 2**32 + begun.steps):
@@ -306,18 +296,6 @@ def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.devi
             f"the processes go on from different checkpoints; --exp-dir {args.exp_dir} must be one folder for all nodes"
         )
     return begun
-
-
-def draw_pictures(exp_dir: Path) -> None:
-    """Draw the finished run; it stays finished if that fails."""
-    try:
-        from pcl.figures import draw  # slow to import
-
-        draw(exp_dir)
-        log(f"pictures: {exp_dir / 'figures'}")
-    except Exception as error:  # the checkpoints are what the run was for
-        reason = " ".join(str(error).split())
-        log(f"pictures could not be drawn ({reason}); mend that and try: python -m pcl.figures {exp_dir}")
 
 
 def e_step(
@@ -396,11 +374,11 @@ def m_step(
 ) -> dict[str, float]:
     """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from what is begun; the means of its figures."""
     epoch = begun.epoch
-    lr = cli.set_learning_rate(optimizer, args, epoch)
+    lr = options.set_learning_rate(optimizer, args, epoch)
     model.train()
     device, clusterings, meters = model.module.queue.device, begun.clusterings, begun.meters
     loader.sampler.skip = begun.steps * loader.batch_size
-    label, images = f"epoch {epoch + 1}/{args.epochs}", cli.global_batch(args)
+    label, images = f"epoch {epoch + 1}/{args.epochs}", options.global_batch(args)
     progress = StepProgress(label, len(loader), images, args.print_freq, record, epoch, begun.steps)
     for step, (views, index) in progress.batches(loader):
         seed_everything(args.seed + get_rank(), epoch, step)  # nothing else is needed to go on in the middle of an epoch
@@ -440,41 +418,6 @@ def check_loss(meters: Meters, epoch: int, args: argparse.Namespace) -> None:
         raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {remedy(epoch, args, step)}")
 
 
-def remedy(epoch: int, args: argparse.Namespace, step: int = 0) -> str:
-    """What to do about numbers that are not finite; `step`: in which they appeared, from 1, before the weights changed."""
-    if (epoch, step) == (args.start_epoch, args.start_step + 1):
-        cause = f"the weights in {args.resume}; name another checkpoint" if args.resume else "a small --temperature; raise it"
-        return f"before this run has changed a weight: look for the cause in {cause}"
-    if look_alike(IndexedFolder(args.images, center_view(args.image_size), skip=args.unreadable)):
-        return "since the images are all the same, which leaves BatchNorm nothing to divide by; give other images"
-    lr = cli.learning_rate(args, epoch)
-    good = checkpoint.newest(args.exp_dir)
-    return f"at learning rate {lr:g}; lower --lr, and {f'go on with --resume {good}' if good else 'start again'}"
-
-
-def look_alike(images: IndexedFolder) -> bool:
-    """Whether no pixel differs between sixteen of the images, evenly spread over all."""
-    first, *others = (images[i][0] for i in np.linspace(0, len(images) - 1, 16, dtype=int))
-    return all(torch.equal(first, other) for other in others)
-
-
-def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
-    """Say whether loading or computing holds this run up, and what would help."""
-    waiting = means["data_seconds"] / means["seconds"]
-    if waiting < 0.1:
-        remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
-        log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
-        return
-    cores = available_cores()
-    if args.workers < cores:
-        remedy = f"more loader processes (-j {args.workers} of {cores} cores)"
-    elif args.augment_on == "workers":
-        remedy = "--augment-on device, which leaves the loader's processes a fifth of their work"
-    else:
-        remedy = "faster storage, smaller image files or more cores"
-    log(f"waiting for data takes {waiting:.0%} of the time; what would help: {remedy}")
-
-
 def images_of(view: Any, device: torch.device, args: argparse.Namespace) -> Tensor:
     """What the loader gives for a view of each image -> (B, 3, H, W), normalized, on the device."""
     if args.augment_on == "device":
@@ -497,7 +440,7 @@ def reduced_precision(args: argparse.Namespace, device: torch.device) -> torch.a
 
 def make_model(args: argparse.Namespace) -> MoCo:
     """The model that the options describe, with random weights."""
-    encoder = partial(checkpoint.new_network, args.arch, args.small_stem)
+    encoder = partial(networks.new_network, args.arch, args.small_stem)
     model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
     if args.bn_splits > 1:
         split_batch_norm(model, args.bn_splits)
@@ -538,69 +481,6 @@ def save(
         checkpoint.prune(args.exp_dir, args.keep, args.keep_every)
     elif finished or args.save_steps:
         checkpoint.save(last, state)
-
-
-def val_folder(args: argparse.Namespace) -> IndexedFolder | None:
-    """The images of DIR/val/<class>/, for the monitor; None if there are none."""
-    root = (args.data / "val").resolve()
-    if args.monitor_freq == 0 or args.images == args.data.resolve() or not root.is_dir():
-        return None
-    try:
-        return IndexedFolder(root, center_view(args.image_size), skip=args.unreadable)
-    except OSError:
-        return None
-
-
-def val_loader(args: argparse.Namespace) -> DataLoader | None:
-    """This rank's share of the images of DIR/val/<class>/, for the monitor; None if they cannot tell anything.
-
-    At most an eighth of the number of training images, so that looking costs little beside training.
-    """
-    images = val_folder(args)
-    if images is None:
-        return None
-    chosen = np.random.default_rng(0).permutation(len(images))[: args.num_images // 8]
-    images = images.subset(np.sort(chosen))
-    if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:
-        return None
-    batch, workers = cli.batch_and_workers(args)
-    return make_loader(images, share_of_rank(len(images)), 5 * batch, workers)
-
-
-def introduce(
-    args: argparse.Namespace, images: IndexedFolder, epoch: int, steps: int, device: torch.device, record: RunLog
-) -> None:
-    """Say on what, with what and how long this run will train."""
-    world, batch = get_world_size(), cli.global_batch(args)
-    facts = {
-        "processes": world,
-        "backend": "gloo" if device.type == "cpu" else args.dist_backend,
-        "images": len(images),
-        "folders": len(images.classes),
-        "batch": batch,
-        "batch_of_a_process": batch // world,
-        "steps_of_an_epoch": steps,
-        "seed": args.seed,
-        "first_epoch": epoch,
-        "negatives_at_most": [min(args.pcl_r, k - 1) for k in args.num_cluster],
-    }
-    record.write(**facts)
-    log(f"machine: {describe_machine()}, talking by {facts['backend']}")
-    log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
-    where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
-    log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
-    for line in images.remarks() if is_main() else []:
-        log(line)
-    log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
-    if args.kmeans == "faiss" and faiss_lacks(device):
-        log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
-    if args.warmup_epoch >= args.epochs:
-        log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
-    else:
-        for k, negatives in zip(args.num_cluster, facts["negatives_at_most"], strict=True):
-            few = "; fewer than 10 images in each: prototypes of so few say little" if len(images) < 10 * k else ""
-            log(f"clusters: {k} of {len(images) / k:.0f} images, {negatives} negatives at most{few}")
-    log(f"epochs: {epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
 if __name__ == "__main__":

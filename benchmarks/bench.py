@@ -35,22 +35,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pcl.augment import RecipeView, finish
+from pcl.augment import MEAN, STD, RecipeView, TwoViews, center_view, finish, random_view
 from pcl.builder import MoCo
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
-from pcl.distributed import deal, launch
+from pcl.distributed import deal
 from pcl.images import read_image, read_tensor
-from pcl.loader import (
-    MEAN,
-    STD,
-    IndexedFolder,
-    TwoViews,
-    center_view,
-    make_loader,
-    random_view,
-)
-from pcl.logs import describe_machine, versions
+from pcl.loader import IndexedFolder, make_loader
 from pcl.losses import prototype_logits, prototype_loss, sample_negatives
+from pcl.run.launch import launch
+from pcl.run.logs import describe_machine, versions
 from pcl.samples import write_image_folder, write_voc
 from pcl.sharded import kmeans_sharded
 
@@ -107,7 +100,7 @@ def low_shot() -> Row:
         ours, ours_passed = time.perf_counter() - start, images_passed.pop()
 
         start = time.perf_counter()
-        network, _ = eval_svm_voc.cli.open_backbone(args)
+        network, _ = eval_svm_voc.inputs.open_backbone(args)
         view = eval_svm_voc.center_view(args.image_size)
         train, test = (eval_svm_voc.voc.VOCSplit(folder, split, view) for split in ("trainval", "test"))
         test_features = eval_svm_voc.features_of(network, test, args)

@@ -20,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcl.builder import extract_features
-from pcl.checkpoint import backbone, load_backbone
-from pcl.cli import Parser, open_folder, positive
+from pcl.augment import center_view
+from pcl.checkpoint import load_backbone
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
+from pcl.features import extract_features
 from pcl.figures import draw
-from pcl.loader import IndexedFolder, center_view, make_loader
-from pcl.logs import track
+from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
+from pcl.networks import backbone
+from pcl.run.inputs import open_folder
+from pcl.run.logs import track
+from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder, write_voc
 
 ROOT = Path(__file__).resolve().parent.parent

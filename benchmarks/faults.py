@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from pcl.checkpoint import NAMES, load
+from pcl.errors import PREEMPTED
 from pcl.samples import write_image_folder
-from pcl.watch import PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (

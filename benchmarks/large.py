@@ -34,10 +34,11 @@ from matplotlib.figure import Figure
 
 from demo import ROOT
 from pcl import checkpoint
-from pcl.cli import Parser, open_folder, positive
 from pcl.figures import COLORS, DPI, MARKERS
-from pcl.logs import describe_machine, versions
-from pcl.monitor import LAST_E_STEP
+from pcl.run.inputs import open_folder
+from pcl.run.logs import describe_machine, versions
+from pcl.run.monitor import LAST_E_STEP
+from pcl.run.options import Parser, positive
 from replicate import (
     BASELINES,
     MAIN,

@@ -63,16 +63,18 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from demo import ARCH, ROOT, script
-from pcl import checkpoint
-from pcl.builder import extract_features
-from pcl.cli import Parser, open_folder, positive
+from pcl import checkpoint, networks
+from pcl.augment import TwoViews
 from pcl.clustering import Clustering, cluster
 from pcl.distributed import available_cores, seed_everything
-from pcl.loader import EpochSampler, IndexedFolder, TwoViews, make_loader
-from pcl.logs import describe_machine, versions
+from pcl.features import extract_features
+from pcl.loader import EpochSampler, IndexedFolder, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import cluster_agreement, knn_accuracy
-from pcl.monitor import LAST_E_STEP
+from pcl.run.inputs import open_folder
+from pcl.run.logs import describe_machine, versions
+from pcl.run.monitor import LAST_E_STEP
+from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder
 from replication_report import report, results_in
 from resnet8 import RESNET8, register
@@ -502,7 +504,7 @@ def backbone_of(run: Run, plan: Plan, args: Namespace, result: dict[str, Any]) -
         return ["--pixels"], nn.Flatten()
     if kind == "random":
         seed_everything(run.seed)
-        checkpoint.save(file, checkpoint.backbone(plan.arch, "--small-stem" in plan.options).state_dict())
+        checkpoint.save(file, networks.backbone(plan.arch, "--small-stem" in plan.options).state_dict())
     elif not run.backbone and "figures" not in result:
         command = [str(args.work / run.data), "--exp-dir", str(folder), *result["options"].split(), "--seed", str(run.seed)]
         run_script("benchmarks/oracle.py" if kind.endswith("oracle") else "main_pcl.py", *command)

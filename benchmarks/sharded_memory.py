@@ -13,8 +13,9 @@ import torch
 
 from pcl import sharded
 from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
-from pcl.distributed import add_over_ranks, get_world_size, launch
-from pcl.logs import log
+from pcl.distributed import add_over_ranks, get_world_size
+from pcl.run.launch import launch
+from pcl.run.logs import log
 
 NUM_IMAGES, NUM_CLUSTER, DIM, MEASURED = 2_000_000, 2_000, 128, 2  # at 1,000 images a cluster none is left out
 GRANULARITIES = (25_000, 50_000, 100_000)

@@ -1,7 +1,7 @@
 """The random views with color, blur and normalization done on whole batches, on their device (`--augment-on device`).
 
 A loader's worker decodes, crops and flips bytes, and draws for each view its recipe, from the distributions that
-`pcl.loader.random_view` draws from. What is done with it is the same, but for rounding (there is none between the steps)
+`pcl.augment.random_view` draws from. What is done with it is the same, but for rounding (there is none between the steps)
 and the blur (Pillow approximates a Gaussian by boxes).
 
 Letters: B batch, H and W sides of an image. kornia's color jitter has one order of the four changes for a whole batch, not
@@ -11,16 +11,21 @@ one for each image, and is not used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.transforms.v2.functional import resized_crop
 
 from pcl.distributed import on_device
-from pcl.loader import CROP_SCALE, pixel_statistics
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 RECIPE = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
 TAPS = 6  # of the blur to each side: three standard deviations of the largest
@@ -131,3 +136,104 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
     flat = F.conv2d(flat, weight, groups=count * channels)
     flat = F.conv2d(flat, weight.transpose(2, 3), groups=count * channels)
     return flat.view(count, channels, height, width)
+
+
+CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
+
+
+class TwoViews:
+    """Two random views of an image: the query's and the key's."""
+
+    def __init__(self, view: Callable[[Any], Any]) -> None:
+        self.view = view
+
+    def __call__(self, image: Any) -> tuple[Any, Any]:
+        return self.view(image), self.view(image)
+
+
+class GaussianBlur:
+    """Pillow's Gaussian blur of a radius drawn from 0.1 to 2 pixels, as published (torchvision's differs in the pixels)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
+
+
+def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
+    """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
+    if aug_plus:
+        color = [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([GaussianBlur()], p=0.5),
+        ]
+    else:
+        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    crop = transforms.RandomResizedCrop(size, scale=CROP_SCALE)
+    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """A random crop, flipped or not, (3, size, size) uint8: what the linear probe trains on."""
+    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+class MiddleOfThin:
+    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
+
+    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
+    """
+
+    def __init__(self, side: int, size: int) -> None:
+        self.side, self.size = side, size
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image, or (3, H, W) uint8."""
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        if max(height, width) <= 16 * min(height, width):
+            return image
+        if isinstance(image, Tensor):
+            return pil_to_tensor(self(to_pil_image(image)))
+        if height > width:
+            return self(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
+        scaled = int(self.side * width / height)  # as Resize rounds
+        first = round((scaled - self.size) / 2) - round((self.side - self.size) / 2)
+        left, right = (place * width / scaled for place in (first, first + self.side))
+        # Pillow takes the box as 32-bit floats, so count from nearby; its filter reads a little beyond it.
+        margin = 2 + height // self.side
+        start, end = max(0, int(left) - margin), min(width, int(right) + margin)
+        box = (left - start, 0, right - start, height)
+        return image.crop((start, 0, end, height)).resize((self.side, self.side), Image.Resampling.BILINEAR, box)
+
+
+def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
+    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
+
+    With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
+    """
+    side = round(size * 8 / 7)
+    if tensors:
+        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
+    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
+    return transforms.Compose([*crop, transforms.PILToTensor()])
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
+
+    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
+    travel there and the loader's workers are spared the floating-point numbers.
+
+    Raises:
+        TypeError: images of another dtype, which may be normalized already.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
+    white, mean, std = pixel_statistics(images.device)
+    return images.float().div_(white).sub_(mean).div_(std)
+
+
+@cache
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return torch.tensor(255.0, device=device), mean, std

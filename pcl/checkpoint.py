@@ -13,19 +13,17 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from pcl.distributed import FORESEEN, RunError, reason_of
-from pcl.terminal import printable, tell
-from pcl.watch import leave_on_signals
+from pcl.errors import FORESEEN, RunError, reason_of
+from pcl.networks import architectures, backbone, has_small_stem, new_network
+from pcl.terminal import leave_on_signals, printable, tell
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -322,60 +320,6 @@ def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{path}: not all numbers of {_some(wrong)} are finite, as in a run that has failed; name another"
         )
-
-
-def backbone(arch: str, small_stem: bool = False) -> nn.Module:
-    """`new_network` without its head (`fc` is the identity), in eval mode."""
-    network = new_network(arch, small_stem)
-    network.fc = nn.Identity()
-    return network.eval()
-
-
-def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) -> nn.Module:
-    """A torchvision network of random weights.
-
-    Args:
-        arch: one of `architectures`.
-        small_stem: for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
-            convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2). `takes_small_stem` says which can.
-        num_classes: size of the head's output.
-    """
-    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-    if small_stem:
-        network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-        network.maxpool = nn.Identity()
-    return network
-
-
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """Inside, networks are built on the "meta" device: they have shapes alone, and take neither time nor memory."""
-    with torch.device("meta"), _ArithmeticOnCPU():
-        yield
-
-
-class _ArithmeticOnCPU(TorchFunctionMode):
-    """torchvision computes the widths of a RegNet by tensors, whose numbers it needs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}) | ({"device": "cpu"} if func in (torch.arange, torch.tensor) else {}))
-
-
-def takes_small_stem(arch: str) -> bool:
-    """Whether the architecture begins with one convolution and a max-pool."""
-    return arch.startswith(("resnet", "resnext", "wide_resnet"))
-
-
-def has_small_stem(arch: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether these weights of a network, without prefix, are those of one with a small stem."""
-    return takes_small_stem(arch) and "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3)
-
-
-def architectures() -> list[str]:
-    """Names of torchvision's classifiers whose only head is a linear layer called `fc`."""
-    families = ("regnet", "resnet", "resnext", "shufflenet", "wide_resnet")
-    return [name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(families)]
 
 
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:

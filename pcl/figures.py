@@ -37,12 +37,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pcl import checkpoint
-from pcl.distributed import FORESEEN, RunError, reason_of
+from pcl.errors import FORESEEN, RunError, reason_of
 from pcl.images import UnreadableImageError, read_image
 from pcl.loader import IndexedFolder
-from pcl.monitor import LAST_E_STEP
-from pcl.terminal import printable, tell
-from pcl.watch import leave_on_signals
+from pcl.run.monitor import LAST_E_STEP
+from pcl.terminal import leave_on_signals, printable, tell
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a
 # marker of its own, for print.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from pcl.distributed import RunError
+from pcl.errors import RunError
 
 Image.init()  # every plugin of Pillow
 # Only what decodes pixels by itself: Pillow hands EPS to Ghostscript, for one. The last has no magic number.

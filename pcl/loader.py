@@ -20,7 +20,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from itertools import islice
 from multiprocessing import active_children, connection, current_process, parent_process, util
 from multiprocessing.queues import Queue
@@ -29,15 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from torchvision import transforms
-from torchvision.transforms import v2
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from pcl.distributed import RunError, derive_seed, get_rank, get_world_size
+from pcl.distributed import derive_seed, get_rank, get_world_size
+from pcl.errors import RunError
 from pcl.images import (  # noqa: F401  people look for both readers beside the views
     UnreadableImageError,
     bits_used,
@@ -49,10 +44,7 @@ from pcl.images import (  # noqa: F401  people look for both readers beside the 
     tell_left_out,
     why_unreadable,
 )
-from pcl.watch import shielded
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
-CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
+from pcl.terminal import shielded
 
 FEWER = "fewer loader processes, or none (-j 0; of eval_svm_voc.py: --num-workers 0)"
 REMEDIES = {  # of what goes wrong in loading, by the words of the error, which may be a worker's
@@ -195,104 +187,6 @@ def random_numbers_of(*key: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-class TwoViews:
-    """Two random views of an image: the query's and the key's."""
-
-    def __init__(self, view: Callable[[Any], Any]) -> None:
-        self.view = view
-
-    def __call__(self, image: Any) -> tuple[Any, Any]:
-        return self.view(image), self.view(image)
-
-
-class GaussianBlur:
-    """Pillow's Gaussian blur of a radius drawn from 0.1 to 2 pixels, as published (torchvision's differs in the pixels)."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
-
-
-def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
-    """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
-    if aug_plus:
-        color = [
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([GaussianBlur()], p=0.5),
-        ]
-    else:
-        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    crop = transforms.RandomResizedCrop(size, scale=CROP_SCALE)
-    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
-
-
-def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """A random crop, flipped or not, (3, size, size) uint8: what the linear probe trains on."""
-    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
-
-
-class MiddleOfThin:
-    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
-
-    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
-    """
-
-    def __init__(self, side: int, size: int) -> None:
-        self.side, self.size = side, size
-
-    def __call__(self, image: Any) -> Any:
-        """A PIL image, or (3, H, W) uint8."""
-        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
-        if max(height, width) <= 16 * min(height, width):
-            return image
-        if isinstance(image, Tensor):
-            return pil_to_tensor(self(to_pil_image(image)))
-        if height > width:
-            return self(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
-        scaled = int(self.side * width / height)  # as Resize rounds
-        first = round((scaled - self.size) / 2) - round((self.side - self.size) / 2)
-        left, right = (place * width / scaled for place in (first, first + self.side))
-        # Pillow takes the box as 32-bit floats, so count from nearby; its filter reads a little beyond it.
-        margin = 2 + height // self.side
-        start, end = max(0, int(left) - margin), min(width, int(right) + margin)
-        box = (left - start, 0, right - start, height)
-        return image.crop((start, 0, end, height)).resize((self.side, self.side), Image.Resampling.BILINEAR, box)
-
-
-def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
-    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
-
-    With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
-    """
-    side = round(size * 8 / 7)
-    if tensors:
-        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
-    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
-    return transforms.Compose([*crop, transforms.PILToTensor()])
-
-
-def normalize(images: Tensor) -> Tensor:
-    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
-
-    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
-    travel there and the loader's workers are spared the floating-point numbers.
-
-    Raises:
-        TypeError: images of another dtype, which may be normalized already.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
-    white, mean, std = pixel_statistics(images.device)
-    return images.float().div_(white).sub_(mean).div_(std)
-
-
-@cache
-def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    return torch.tensor(255.0, device=device), mean, std
 
 
 class EpochSampler(DistributedSampler):

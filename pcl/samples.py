@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcl.distributed import FORESEEN, RunError, reason_of
+from pcl.errors import FORESEEN, RunError, reason_of
 from pcl.loader import IndexedFolder
-from pcl.terminal import tell
-from pcl.watch import leave_on_signals
+from pcl.terminal import leave_on_signals, tell
 
 SOURCE = Path(__file__).with_name("samples.npz")
 

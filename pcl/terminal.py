@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
-from typing import Any, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker, util
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
+
+from pcl.errors import INTERRUPTED, PREEMPTED
 
 tqdm.set_lock(threading.RLock())  # its own one is of several processes: a named semaphore, which a killed run may leave
 
@@ -56,3 +62,41 @@ def tell(message: str, stream: TextIO | None = None) -> None:
 def warn(message: str) -> None:
     """The same on stderr."""
     tell(message, sys.stderr)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextmanager
+def leave_on_signals() -> Iterator[None]:
+    """Where a script begins. As long as no process is watched, a signal ends it at once, with its own code."""
+    open_streams()
+    for number in set(SIGNALS) - {signal.SIGINT}:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: leave_now(PREEMPTED))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def leave_now(code: int) -> NoReturn:
+    """End this process, whatever it is doing; its loader's workers and the names that they have in the system end with it."""
+    # They are multiprocessing's: sockets in a folder, semaphores. None of its locks may hold up the end.
+    cleaning = threading.Thread(target=util._exit_function, daemon=True)  # type: ignore[attr-defined]
+    cleaning.start()
+    cleaning.join(5)
+    os._exit(code)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """What is started inside never receives one of `SIGNALS`, also if it is sent to all: this process alone deals with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which is inherited
+    try:
+        resource_tracker.ensure_running()  # Python's own helper; unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,6 +2,8 @@
 
 import os
 
+from pcl.run import launch
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
 
 import socket
@@ -99,7 +101,7 @@ def two_ranks(tmp_path):
     def run(worker, **options):
         usual = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "nccl", "seed": 0}
         args = Namespace(**usual | {"deterministic": True, "dist_timeout": 60, "out": tmp_path} | options)
-        distributed.launch(worker, args)
+        launch.launch(worker, args)
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(args.nproc)]
 
     return run

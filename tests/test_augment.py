@@ -6,17 +6,9 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import ColorJitter, functional
 
-from pcl.augment import RECIPE, RecipeView, finish
+from pcl.augment import MEAN, RECIPE, STD, RecipeView, TwoViews, center_view, finish, normalize
 from pcl.images import read_image, read_tensor
-from pcl.loader import (
-    MEAN,
-    STD,
-    IndexedFolder,
-    TwoViews,
-    center_view,
-    make_loader,
-    normalize,
-)
+from pcl.loader import IndexedFolder, make_loader
 
 
 def photos(count=24, side=64):

@@ -10,11 +10,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl import builder
-from pcl.builder import MoCo, SplitBatchNorm2d, extract_features, split_batch_norm
+from pcl.augment import normalize
+from pcl.builder import MoCo, SplitBatchNorm2d, split_batch_norm
 from pcl.clustering import Clustering
-from pcl.distributed import broadcast, gather, get_rank, get_world_size, parallel
-from pcl.loader import normalize, share_of_rank
+from pcl.distributed import broadcast, gather, get_rank, get_world_size
+from pcl.features import extract_features
+from pcl.loader import share_of_rank
 from pcl.losses import instance_logits, prototype_logits
+from pcl.run.launch import parallel
 
 
 class Tiny(nn.Module):

@@ -19,21 +19,17 @@ from pcl import checkpoint
 from pcl.builder import MoCo
 from pcl.checkpoint import (
     CheckpointError,
-    architectures,
-    backbone,
     load,
     load_backbone,
     load_for_resume,
     load_optimizer,
     load_probe,
-    new_network,
     newest,
     prune,
     save,
-    takes_small_stem,
-    without_numbers,
 )
-from pcl.distributed import RunError
+from pcl.errors import RunError
+from pcl.networks import architectures, backbone, new_network, takes_small_stem, without_numbers
 
 ARCH = "shufflenet_v2_x0_5"
 

@@ -7,10 +7,11 @@ import pytest
 from conftest import GOLDEN, save_result
 from PIL import Image
 
-from pcl import cli
 from pcl.checkpoint import CheckpointError
-from pcl.distributed import RunError, get_rank
+from pcl.distributed import get_rank
+from pcl.errors import RunError
 from pcl.loader import IndexedFolder
+from pcl.run import inputs, options
 
 
 @pytest.mark.parametrize(
@@ -23,30 +24,35 @@ from pcl.loader import IndexedFolder
 )
 def test_learning_rates_are_the_published_ones(name, options):
     with np.load(GOLDEN / "learning_rate.npz") as golden:
-        ours = [cli.learning_rate(Namespace(**options), epoch) for epoch in range(options["epochs"])]
+        ours = [options.learning_rate(Namespace(**options), epoch) for epoch in range(options["epochs"])]
         np.testing.assert_allclose(ours, golden[name], rtol=1e-5, atol=1e-12)
 
 
 def test_numbers_are_read_or_refused():
-    assert cli.integers("25000,50000") == [25000, 50000]
+    assert options.integers("25000,50000") == [25000, 50000]
     for wrong in ("", "a", "3,,4", "3.5", "0", "-2", "5,5"):
         with pytest.raises(ArgumentTypeError):
-            cli.integers(wrong)
-    assert (cli.natural("0"), cli.positive("1"), cli.fraction("1"), cli.nonnegative_float("0")) == (0, 1, 1.0, 0.0)
+            options.integers(wrong)
+    assert (options.natural("0"), options.positive("1"), options.fraction("1"), options.nonnegative_float("0")) == (
+        0,
+        1,
+        1.0,
+        0.0,
+    )
     for kind, wrong in (
-        (cli.natural, "-1"), (cli.positive, "0"), (cli.positive_float, "0"), (cli.positive_float, "nan"),
-        (cli.positive_float, "inf"), (cli.nonnegative_float, "-1"), (cli.fraction, "1.1"), (cli.fraction, "x"),
+        (options.natural, "-1"), (options.positive, "0"), (options.positive_float, "0"), (options.positive_float, "nan"),
+        (options.positive_float, "inf"), (options.nonnegative_float, "-1"), (options.fraction, "1.1"), (options.fraction, "x"),
     ):  # fmt: skip
         with pytest.raises(ArgumentTypeError, match=wrong):
             kind(wrong)
 
 
 def test_a_random_backbone_may_have_a_small_stem():
-    parser = cli.Parser("text")
-    cli.add_backbone_arguments(parser)
+    parser = options.Parser("text")
+    options.add_backbone_arguments(parser)
 
     def opened(*options):
-        return cli.open_backbone(parser.parse_args(["--small-stem", *options]))[0]
+        return inputs.open_backbone(parser.parse_args(["--small-stem", *options]))[0]
 
     assert opened("--random-init", "-a", "resnet18").conv1.kernel_size == (3, 3)
     with pytest.raises(CheckpointError, match="a file tells by itself"):
@@ -56,7 +62,7 @@ def test_a_random_backbone_may_have_a_small_stem():
 
 
 def test_an_error_is_one_line_and_exit_code_2(capsys):
-    parser = cli.Parser("text")
+    parser = options.Parser("text")
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--unknown"])
     assert stop.value.code == 2
@@ -65,7 +71,7 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 
 def test_batches_are_totals_over_a_node():
     args = Namespace(batch_size=256, nproc=4, gpu=None, world_size=3)
-    assert cli.global_batch(args) == 768
+    assert options.global_batch(args) == 768
 
 
 def write(root, *names):
@@ -91,7 +97,7 @@ SHAPES = {
 @pytest.mark.parametrize(("names", "below", "classes", "number"), SHAPES.values(), ids=SHAPES)
 def test_the_shape_of_a_folder_is_recognised(tmp_path, names, below, classes, number):
     write(tmp_path, *names)
-    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     assert (images.root, images.classes, len(images)) == (tmp_path / below, classes, number)
 
 
@@ -99,9 +105,9 @@ def test_a_folder_may_be_named_by_a_link_or_from_where_one_stands(tmp_path, monk
     write(tmp_path, "real/a/1.png", "real/b/1.png")
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "train").symlink_to(tmp_path / "real")
-    assert cli.open_folder(cli.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
+    assert inputs.open_folder(options.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
     monkeypatch.chdir(tmp_path / "real")
-    images = cli.open_folder(cli.Parser(""), Path("."), "train", labelled=False)
+    images = inputs.open_folder(options.Parser(""), Path("."), "train", labelled=False)
     assert (images.root, images.classes) == (tmp_path / "real", ["a", "b"])
 
 
@@ -159,7 +165,7 @@ MISSHAPEN = {
 def test_a_folder_of_another_shape_is_one_line_with_its_remedy(tmp_path, capsys, names, below, labelled, message):
     write(tmp_path, *names)
     with pytest.raises(SystemExit) as stop:
-        cli.open_folder(cli.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
+        inputs.open_folder(options.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert f"error: DIR {message.replace('{}', str(tmp_path))}" in err
@@ -176,7 +182,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, capsys, monkeypatch)
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(SystemExit):
-        cli.open_folder(cli.Parser(""), tmp_path, "train")
+        inputs.open_folder(options.Parser(""), tmp_path, "train")
     assert f"{tmp_path}/train/b cannot be listed: Permission denied; make it readable" in capsys.readouterr().err
 
 
@@ -191,9 +197,9 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
     (tmp_path / "val" / "a" / "2.png").unlink()
     (tmp_path / "val" / "a" / "2.png").symlink_to("nowhere")
-    train, val = (cli.open_folder(cli.Parser(""), tmp_path, split) for split in ("train", "val"))
+    train, val = (inputs.open_folder(options.Parser(""), tmp_path, split) for split in ("train", "val"))
     args = skipping(tmp_path)
-    kept = cli.leave_out_unreadable(cli.Parser(""), args, train, val)
+    kept = inputs.leave_out_unreadable(options.Parser(""), args, train, val)
     assert [len(images) for images in kept] == [32, 2]
     assert kept[0].labels.tolist() == [0] * 2 + [1] * 30
     assert list(args.unreadable) == [str(tmp_path / name) for name in [*gone, "val/a/2.png"]]
@@ -203,39 +209,39 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     assert [line.split(": ")[0] for line in lines] == [f"  {tmp_path / name}" for name in gone[:20]]
     assert all(line.split(": ")[1] for line in lines)
     assert last == "  and 9 more; unreadable.txt beside the checkpoints will name all"
-    cli.keep_unreadable(tmp_path, args)
+    inputs.keep_unreadable(tmp_path, args)
     text = (tmp_path / "unreadable.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in text] == list(args.unreadable)
     assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a link to nowhere)"
 
     args.skip_unreadable = False
-    assert [len(images) for images in cli.leave_out_unreadable(cli.Parser(""), args, train, val)] == [60, 3]
+    assert [len(images) for images in inputs.leave_out_unreadable(options.Parser(""), args, train, val)] == [60, 3]
 
 
 def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
     (tmp_path / "caf\udce9.jpg").write_bytes(b"")
-    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     args = skipping(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        cli.leave_out_unreadable(cli.Parser(""), args, images)
+        inputs.leave_out_unreadable(options.Parser(""), args, images)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert "caf\\udce9.jpg: it is empty, or no image of a known format" in out
     assert f"DIR {tmp_path}: none of the 1 images of {tmp_path} can be read" in err
-    cli.keep_unreadable(tmp_path, args)
+    inputs.keep_unreadable(tmp_path, args)
     assert (tmp_path / "unreadable.txt").read_bytes().startswith(os.fsencode(tmp_path) + b"/caf\xe9.jpg\t")
 
 
 @pytest.mark.parametrize(("rank", "node", "tells"), [("0", 0, True), ("3", 0, False), (None, 1, False)])
 def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, monkeypatch, rank, node, tells):
     write(tmp_path, "1.png")
-    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     if rank:
         for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
     args = skipping(tmp_path)
     args.rank, args.dist_url = node, "tcp://a:1"
-    cli.leave_out_unreadable(cli.Parser(""), args, images)
+    inputs.leave_out_unreadable(options.Parser(""), args, images)
     assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
 
 
@@ -244,10 +250,10 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     write(tmp_path, "1.png", "2.png")
-    images = cli.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
-    monkeypatch.setattr(cli, "why_unreadable", interrupted)
+    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
+    monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     with pytest.raises(SystemExit) as stop:
-        cli.leave_out_unreadable(cli.Parser(""), skipping(tmp_path), images)
+        inputs.leave_out_unreadable(options.Parser(""), skipping(tmp_path), images)
     assert stop.value.code == 130
     assert capsys.readouterr().err.strip().count("\n") == 0
 
@@ -256,7 +262,7 @@ def compare_images(device, args):
     found = []
     for roots in (args.same, args.other):
         try:
-            cli.check_same_images(IndexedFolder(roots[get_rank()], None))
+            inputs.check_same_images(IndexedFolder(roots[get_rank()], None))
             found.append("")
         except RunError as error:
             found.append(str(error))

@@ -26,8 +26,9 @@ import eval_svm_voc
 import main_pcl
 from pcl.builder import MoCo
 from pcl.clustering import Clustering
-from pcl.epoch import terms_of_epoch
 from pcl.loader import IndexedFolder
+from pcl.run import inputs
+from pcl.run.progress import terms_of_epoch
 
 ARCH = "shufflenet_v2_x0_5"
 EXAMPLES = 250
@@ -250,7 +251,7 @@ def write_checkpoints(folder):
     clusterings = [vars(Clustering(torch.zeros(37, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k))) for k in (3, 5)]
     line = f"DIR {VALID[main_pcl]} --seed 1".replace("|", "").split()
     args = main_pcl.get_parser().parse_args(line)
-    args.files = main_pcl.cli.describe_files(IndexedFolder(folder.parent / "six/train", str))
+    args.files = inputs.describe_files(IndexedFolder(folder.parent / "six/train", str))
     terms = terms_of_epoch(2, args)
     middle = run | {"steps": 2, "terms": terms, "clusterings": clusterings, "meters": {"steps": 2, "sums": {"loss": 3.0}}}
     weights = {f"module.{name}": value for name, value in network.state_dict().items()}
@@ -392,8 +393,8 @@ def end_of(module, line):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *line])
-        patch.setattr("pcl.cli.launch", started)
-        patch.setattr("pcl.distributed.launch", started)
+        patch.setattr("pcl.run.launch.launch", started)
+        patch.setattr("pcl.run.launch.launch", started)
         patch.setattr(eval_svm_voc, "features_of", started)
         for place, name in ((subprocess, "Popen"), (os, "fork"), (os, "posix_spawn"), (socket, "socket")):
             patch.setattr(place, name, forbidden)

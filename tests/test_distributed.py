@@ -13,9 +13,8 @@ import pytest
 import torch
 from conftest import save_result
 
-from pcl import cli, distributed
+from pcl import distributed
 from pcl.distributed import (
-    RunError,
     deal,
     derive_seed,
     gather,
@@ -26,6 +25,8 @@ from pcl.distributed import (
     seed_everything,
     shared_map,
 )
+from pcl.errors import RunError
+from pcl.run import launch, options, preflight, rendezvous
 
 
 def test_without_a_group_a_process_answers_for_itself():
@@ -68,7 +69,7 @@ ADDRESS = {"MASTER_ADDR": "b", "MASTER_PORT": 9}
 def place_in(monkeypatch, variables, **options):
     monkeypatch.setattr(os, "environ", {name: str(value) for name, value in variables.items()})
     args = Namespace(**{"nproc": None, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None} | options)
-    place = distributed.launched_outside(args)
+    place = rendezvous.launched_outside(args)
     return place and (place.rank, place.world, place.local_rank, place.local_world, place.host, place.port, place.one_node)
 
 
@@ -123,44 +124,44 @@ def test_what_a_launcher_sets_by_half_is_one_line(monkeypatch, capsys, variables
     assert "\n" not in str(caught.value)
     args = Namespace(nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None)
     with pytest.raises(SystemExit, match="2"):
-        cli.check_launch(cli.Parser(None), args)
+        preflight.check_launch(options.Parser(None), args)
     assert told in capsys.readouterr().err
 
 
 def test_the_list_of_nodes_is_slurm_s():
-    assert distributed._hosts("a[01-03,5]-x,b,c[9-10]") == ["a01-x", "a02-x", "a03-x", "a5-x", "b", "c9", "c10"]
+    assert rendezvous._hosts("a[01-03,5]-x,b,c[9-10]") == ["a01-x", "a02-x", "a03-x", "a5-x", "b", "c9", "c10"]
 
 
 def test_numbers_of_processes(monkeypatch):
     args = Namespace(nproc=3, gpu=None, world_size=2, rank=0, dist_url=None)
-    assert (distributed.local_processes(args), distributed.total_processes(args)) == (3, 6)
+    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (3, 6)
     place_in(monkeypatch, TORCHRUN)
-    assert (distributed.local_processes(args), distributed.total_processes(args)) == (4, 8)
+    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (4, 8)
 
 
 def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch):
     place_in(monkeypatch, SRUN | {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0})
     args = Namespace(nproc=4, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, dist_backend="nccl")
-    cli.check_launch(cli.Parser(None), args)
+    preflight.check_launch(options.Parser(None), args)
     assert (args.world_size, args.rank, args.dist_url) == (2, 1, "tcp://n09:10123")
-    assert (distributed.local_processes(args), distributed.total_processes(args)) == (4, 8)
+    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (4, 8)
 
 
 def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     args = Namespace(nproc=3, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, dist_backend="gloo")
-    cli.check_launch(cli.Parser(None), args)
-    assert [distributed._device(local_rank, args) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    preflight.check_launch(options.Parser(None), args)
+    assert [launch._device(local_rank, args) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     args.dist_backend = "nccl"
     with pytest.raises(SystemExit):
-        cli.check_launch(cli.Parser(None), args)
+        preflight.check_launch(options.Parser(None), args)
     assert "--nproc: 3 processes for 2 GPUs; start fewer, give --dist-backend gloo" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     place_in(monkeypatch, TORCHRUN)
     args.nproc = None
-    cli.check_launch(cli.Parser(None), args)
-    assert distributed._device(3, args) == "cuda:0"
+    preflight.check_launch(options.Parser(None), args)
+    assert launch._device(3, args) == "cuda:0"
 
 
 def ask_the_group(device, args):
@@ -202,7 +203,7 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
 def test_a_seed_is_drawn_where_none_is_given_and_known_to_all():
     seeds = []
     for _ in range(2):
-        distributed.launch(lambda device, args: seeds.append(args.seed), alone(seed=None))
+        launch.launch(lambda device, args: seeds.append(args.seed), alone(seed=None))
     assert seeds[0] != seeds[1]
     assert not torch.distributed.is_initialized()
 
@@ -214,7 +215,7 @@ def gradients_of_two_steps(device, args):
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 96, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(96 * 36, 96), torch.nn.Linear(96, 7)
     )
-    wrapped, steps = distributed.parallel(network, device), []
+    wrapped, steps = launch.parallel(network, device), []
     for _ in range(2):
         wrapped.zero_grad()
         wrapped(images).square().sum().backward()
@@ -272,7 +273,7 @@ def test_what_often_ends_a_run_is_one_line_with_its_remedy(error, told):
         raise error
 
     with pytest.raises(RunError) as caught:
-        distributed.launch(worker, alone())
+        launch.launch(worker, alone())
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -287,7 +288,7 @@ def test_an_error_in_the_code_keeps_its_traceback():
         raise ZeroDivisionError("a fault of ours")
 
     with pytest.raises(ZeroDivisionError, match="a fault of ours"):
-        distributed.launch(worker, alone())
+        launch.launch(worker, alone())
 
 
 def test_a_single_process_has_no_group_no_store_and_the_names_of_several():
@@ -295,19 +296,19 @@ def test_a_single_process_has_no_group_no_store_and_the_names_of_several():
         assert not torch.distributed.is_initialized()
         assert threading.active_count() == threads + 1  # the one that watches for signals
         network = torch.nn.Linear(2, 3)
-        wrapped = distributed.parallel(network, device)
+        wrapped = launch.parallel(network, device)
         x = torch.randn(4, 2)
         assert torch.equal(wrapped(x), network(x))
         assert list(wrapped.state_dict()) == ["module.weight", "module.bias"]
         assert wrapped.module is network
-        seen.append(distributed.should_stop())
-        with distributed.guarded():
-            distributed._watch.asked = 15
-            seen.append(distributed.should_stop())
-            distributed._watch.asked = 0
+        seen.append(launch.should_stop())
+        with launch.guarded():
+            launch._watch.asked = 15
+            seen.append(launch.should_stop())
+            launch._watch.asked = 0
 
     seen, threads = [], threading.active_count()
-    distributed.launch(worker, alone())
+    launch.launch(worker, alone())
     assert seen == [False, True]
 
 
@@ -317,7 +318,7 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
 
     monkeypatch.setattr(distributed.socket, "create_connection", refuse)
     with pytest.raises(RunError, match=r"the loopback interface does not work \(Network is unreachable\); .*--nproc 1"):
-        distributed.launch(pytest.fail, alone(nproc=2))
+        launch.launch(pytest.fail, alone(nproc=2))
 
 
 @pytest.mark.parametrize(
@@ -328,13 +329,13 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
     ],
 )
 def test_nodes_that_do_not_fit_together_are_told_so_all(monkeypatch, second, told):
-    store, ends = distributed._serve("127.0.0.1", 0, 20), []
+    store, ends = rendezvous.serve("127.0.0.1", 0, 20), []
     monkeypatch.setattr(distributed, "_serve", lambda host, port, _: store)
 
     def meet(rank, world):
-        here = distributed.Place(rank, world, 0, 1, "127.0.0.1", store.port, True, hosted=False)
+        here = rendezvous.Place(rank, world, 0, 1, "127.0.0.1", store.port, True, hosted=False)
         with pytest.raises(RunError) as caught:
-            distributed._meet(alone(dist_timeout=20), here)
+            rendezvous.meet(alone(dist_timeout=20), here)
         ends.append(str(caught.value))
 
     threads = [threading.Thread(target=meet, args=place) for place in ((0, 2), second)]
@@ -348,12 +349,12 @@ def test_nodes_that_do_not_fit_together_are_told_so_all(monkeypatch, second, tol
 
 
 def test_words_of_processes_that_a_launcher_started_before_are_not_heard():
-    store = distributed._serve("127.0.0.1", 0, 20)
+    store = rendezvous.serve("127.0.0.1", 0, 20)
     prefixes = []
 
     def meet(rank):
-        here = distributed.Place(rank, 2, rank, 2, "127.0.0.1", store.port, True, hosted=True)
-        prefixes.append(distributed._meet(alone(dist_timeout=20), here)[1])
+        here = rendezvous.Place(rank, 2, rank, 2, "127.0.0.1", store.port, True, hosted=True)
+        prefixes.append(rendezvous.meet(alone(dist_timeout=20), here)[1])
 
     for _ in range(2):  # first by the ones, then by those that are started again
         ranks = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]

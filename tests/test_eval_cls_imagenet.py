@@ -13,10 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval_cls_imagenet
 from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
-from pcl.builder import extract_features
-from pcl.checkpoint import backbone, load
-from pcl.loader import IndexedFolder, center_view, normalize, share_of_rank
-from pcl.logs import TensorBoard, claim
+from pcl.augment import center_view, normalize
+from pcl.checkpoint import load
+from pcl.features import extract_features
+from pcl.loader import IndexedFolder, share_of_rank
+from pcl.networks import backbone
+from pcl.run import launch
+from pcl.run.logs import TensorBoard, claim
 
 ARCH = "shufflenet_v2_x0_5"
 TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
@@ -160,7 +163,7 @@ def test_of_two_probes_into_one_folder_the_second_writes_nothing(six_classes, fi
         shutil.copytree(finished.parent, folder, dirs_exist_ok=True)  # meanwhile the first has come and gone
         return claim(folder)
 
-    monkeypatch.setattr("pcl.logs.claim", claim_late)
+    monkeypatch.setattr("pcl.run.logs.claim", claim_late)
     with pytest.raises(SystemExit) as stop:
         script(six_classes, "--random-init", "-a", ARCH, "--id", "y")
     assert stop.value.code == 1
@@ -357,7 +360,7 @@ def finished(six_classes, pretrained, tmp_path_factory):
 
 @pytest.mark.parametrize(("spoil", "options", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrained, finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval_cls_imagenet.cli, "launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     root = shutil.copytree(six_classes, tmp_path / "six") if spoil else six_classes
     if spoil:
         spoil(root)

@@ -10,8 +10,9 @@ from sklearn.svm import LinearSVC
 
 import eval_svm_voc
 from eval_svm_voc import Features, Job, choose_cost, precisions, run, spread
-from pcl.loader import normalize
+from pcl.augment import normalize
 from pcl.metrics import average_precision
+from pcl.run import inputs
 
 ARCH = "shufflenet_v2_x0_5"
 
@@ -127,7 +128,7 @@ def test_spread_is_that_of_the_draws():
 
 def test_features_are_divided_by_their_length(voc_root, pretrained):
     args = args_of("--pretrained", str(pretrained), "--image-size", "32", "--num-workers", "0")
-    network, _ = eval_svm_voc.cli.open_backbone(args)
+    network, _ = inputs.open_backbone(args)
     images = eval_svm_voc.voc.VOCSplit(voc_root, "test", eval_svm_voc.center_view(32))
     ours = eval_svm_voc.features_of(network, images, args)
     with torch.no_grad():

@@ -18,7 +18,7 @@ import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
-from pcl.monitor import keep_e_step
+from pcl.run.monitor import keep_e_step
 
 
 def run_folder(folder, images, num_clusters):

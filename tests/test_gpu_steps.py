@@ -10,8 +10,9 @@ from pretended_gpu import GPU, FakeStore, pinned, witnessed
 from torch import nn
 
 import main_pcl
-from pcl import augment, builder, clustering, distributed, loader, logs, monitor
-from pcl.epoch import Begun
+from pcl import augment, builder, clustering, loader
+from pcl.run import launch, logs, monitor
+from pcl.run.progress import Begun
 
 
 class Batches:
@@ -50,14 +51,14 @@ def two_steps(options, device, monkeypatch):
     args = main_pcl.get_parser().parse_args(["DIR", "--low-dim", "8", "--pcl-r", "64", "--seed", "0", *options.split()])
     for owner, name in ((logs.StepProgress, "step"), (logs.StepProgress, "close"), (main_pcl, "check_loss")):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)  # they fetch figures now and then
-    loader.pixel_statistics.cache_clear()
+    augment.pixel_statistics.cache_clear()
     with witnessed(device) as witness:
         with torch.device(device):
             model = main_pcl.make_model(args).to(memory_format=main_pcl.memory_format(args))
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
         begun = Begun(0, clusterings=list(clusterings_on(device)))
-        main_pcl.m_step(distributed._Alone(model), Batches(args, witness), optimizer, begun, args, None)
-    loader.pixel_statistics.cache_clear()
+        main_pcl.m_step(launch._Alone(model), Batches(args, witness), optimizer, begun, args, None)
+    augment.pixel_statistics.cache_clear()
     assert {figure.device.type for step in begun.meters._waiting for figure in step.values()} == {device}
     return model, witness
 
@@ -137,12 +138,12 @@ def test_an_e_step_with_features_on_a_gpu(kmeans, image_folder, tmp_path):
     with witnessed("cuda"), torch.no_grad():
         with torch.device(GPU):
             model = builder.MoCo(Linear, 8, 16)
-        images = loader.IndexedFolder(image_folder / "train", loader.center_view(32))
-        val = loader.IndexedFolder(image_folder / "val", loader.center_view(32))
+        images = loader.IndexedFolder(image_folder / "train", augment.center_view(32))
+        val = loader.IndexedFolder(image_folder / "val", augment.center_view(32))
         record = logs.RunLog(tmp_path, {}, tmp_path / "board")
         look = monitor.Monitor(images, loader.make_loader(val, range(len(val)), 4, 0), 1, record)
         center = loader.make_loader(images, range(len(images)), 10, 0)
         for epoch in (1, 2):  # the second compares with the first
             found = main_pcl.e_step(model, center, epoch, args, record, look)
     assert {t.device for c in found for t in (c.im2cluster, c.prototypes, c.concentration)} == {GPU}
-    loader.pixel_statistics.cache_clear()
+    augment.pixel_statistics.cache_clear()

@@ -17,23 +17,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from pcl import loader
-from pcl.augment import RecipeView
+from pcl.augment import GaussianBlur, RecipeView, TwoViews, center_view, crop_view, normalize, random_view
 from pcl.checkpoint import save
-from pcl.distributed import RunError
+from pcl.errors import RunError
 from pcl.images import UnreadableImageError
-from pcl.loader import (
-    EpochSampler,
-    GaussianBlur,
-    IndexedFolder,
-    TwoViews,
-    center_view,
-    crop_view,
-    make_loader,
-    normalize,
-    random_numbers_of,
-    random_view,
-    share_of_rank,
-)
+from pcl.loader import EpochSampler, IndexedFolder, make_loader, random_numbers_of, share_of_rank
 
 
 def in_group(monkeypatch, rank, world):

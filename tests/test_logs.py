@@ -7,8 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pcl import logs
-from pcl.logs import Meters, RunLog, StepProgress, log, show
+from pcl.run import logs
+from pcl.run.logs import Meters, RunLog, StepProgress, log, show
 
 
 def test_meters_are_means():

@@ -13,9 +13,10 @@ from PIL import Image
 import main_pcl
 from pcl.checkpoint import LAST, load
 from pcl.clustering import Clustering
-from pcl.epoch import Begun, is_whole
 from pcl.loader import IndexedFolder
-from pcl.logs import Meters, claim
+from pcl.run import inputs, launch
+from pcl.run.logs import Meters, claim
+from pcl.run.progress import Begun, is_whole
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -200,7 +201,7 @@ def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, op
 
     def parsed(*more):
         args = main_pcl.get_parser().parse_args([str(folder), *TINY.split(), *more])
-        args.num_images, args.files = 25, main_pcl.cli.describe_files(IndexedFolder(folder, str))
+        args.num_images, args.files = 25, inputs.describe_files(IndexedFolder(folder, str))
         return args
 
     clusterings = [Clustering(torch.zeros(25, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k)) for k in (3, 5)]
@@ -226,7 +227,7 @@ def test_of_two_runs_into_one_folder_the_second_writes_nothing(image_folder, fin
         shutil.copytree(finished, folder, dirs_exist_ok=True)  # meanwhile the first has come and gone
         return claim(folder)
 
-    monkeypatch.setattr("pcl.logs.claim", claim_late)
+    monkeypatch.setattr("pcl.run.logs.claim", claim_late)
     with pytest.raises(SystemExit) as stop:
         run(image_folder, "--exp-dir", exp_dir, *(["--resume", older] if resumed else []))
     assert stop.value.code == 1
@@ -543,7 +544,7 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     content = bytearray(places["checkpoint"].read_bytes())
     content[len(content) // 2] ^= 1
     places["flipped"].write_bytes(content)
-    monkeypatch.setattr(main_pcl.cli, "launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     before = files_below(tmp_path), files_below(finished)
     with pytest.raises(SystemExit) as stop:
         run("--exp-dir", tmp_path / "new", data.format(**places), *options.format(**places).split())
@@ -578,14 +579,14 @@ def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, options, expect
 
 def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
+    monkeypatch.setattr(launch, "launch", lambda worker, args: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "--warmup-epoch", "3", "--num-cluster", "25000")
     assert started[0].warmup_epoch == 3
 
 
 def test_one_image_in_a_step_is_enough_where_it_is_large(image_folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(main_pcl.cli, "launch", lambda worker, args: started.append(args))
+    monkeypatch.setattr(launch, "launch", lambda worker, args: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "-b", 1, "--image-size", 64)
     assert started[0].batch_size == 1
 

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pcl.augment import center_view, normalize
 from pcl.builder import MoCo
 from pcl.checkpoint import load
 from pcl.clustering import Clustering
-from pcl.loader import IndexedFolder, center_view, make_loader, normalize
-from pcl.logs import RunLog
+from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import leave_one_out_accuracy
-from pcl.monitor import LAST_E_STEP, Monitor, keep_e_step
+from pcl.run.logs import RunLog
+from pcl.run.monitor import LAST_E_STEP, Monitor, keep_e_step
 
 
 def clustering_of(im2cluster, num_cluster):

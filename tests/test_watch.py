@@ -16,10 +16,11 @@ from conftest import ROOT, assert_same, free_port, run_script, save_result, weig
 from PIL import Image
 
 import main_pcl
-from pcl import distributed, watch
+from pcl import distributed, terminal
 from pcl.checkpoint import LAST, load
-from pcl.distributed import RunError, get_rank
-from pcl.watch import INTERRUPTED, PREEMPTED
+from pcl.distributed import get_rank
+from pcl.errors import INTERRUPTED, PREEMPTED, RunError
+from pcl.run import launch, watch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults
@@ -147,7 +148,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it(images, tmp_path, vic
 
 
 def fall_silent(device, args):
-    distributed._watch._silence = 4
+    launch._watch._silence = 4
     if get_rank() == args.silent:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
@@ -191,16 +192,16 @@ def test_a_port_in_use_and_a_node_that_stays_away_are_one_line():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=rf"--dist-url tcp://127.0.0.1:{port}: the port is in use; name another one"):
-            distributed.launch(pytest.fail, meeting(world_size=2, dist_url=f"tcp://127.0.0.1:{port}"))
+            launch.launch(pytest.fail, meeting(world_size=2, dist_url=f"tcp://127.0.0.1:{port}"))
     url = f"tcp://127.0.0.1:{free_port()}"
     with pytest.raises(RunError, match=r"1 of 2 processes came within 2 s \(--dist-timeout\); start every node"):
-        distributed.launch(pytest.fail, meeting(world_size=2, dist_url=url))
+        launch.launch(pytest.fail, meeting(world_size=2, dist_url=url))
     with pytest.raises(RunError, match="process 0 did not answer within 2 s"):
-        distributed.launch(pytest.fail, meeting(world_size=2, rank=1, dist_url=url))
+        launch.launch(pytest.fail, meeting(world_size=2, rank=1, dist_url=url))
 
 
 def test_signals_are_handled_as_before_once_the_watch_is_closed():
-    before = {number: signal.getsignal(number) for number in watch.SIGNALS}
+    before = {number: signal.getsignal(number) for number in terminal.SIGNALS}
     watching = watch.Watch()
     assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
     with watching.guarded():
@@ -211,7 +212,7 @@ def test_signals_are_handled_as_before_once_the_watch_is_closed():
             time.sleep(0.01)
         assert watching.exit_code == PREEMPTED
         watching.close()
-    assert {number: signal.getsignal(number) for number in watch.SIGNALS} == before
+    assert {number: signal.getsignal(number) for number in terminal.SIGNALS} == before
 
 
 LOADS = """
@@ -254,7 +255,7 @@ def test_loader_workers_outlive_a_signal_to_all_and_end_with_their_process(tmp_p
             assert process.poll() is None, out.read_text()
             assert time.monotonic() < end, out.read_text()
             time.sleep(0.05)
-        for number in watch.SIGNALS:
+        for number in terminal.SIGNALS:
             os.killpg(process.pid, number)
     assert out.read_text().replace("\n", "").isdigit()
     os.kill(process.pid, signal.SIGKILL)
@@ -310,7 +311,7 @@ HOLDER = (
 
 @pytest.mark.slow
 def test_two_runs_in_one_folder_exclude_each_other(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pcl.logs.PATIENCE", 0.1)
+    monkeypatch.setattr("pcl.run.logs.PATIENCE", 0.1)
     command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"

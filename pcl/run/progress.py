@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from pcl import checkpoint, cli
+from pcl import checkpoint
 from pcl.clustering import Clustering
-from pcl.logs import Meters, log
+from pcl.run import options
+from pcl.run.logs import Meters, log
 
 
 def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
@@ -23,7 +24,7 @@ def terms_of_epoch(epoch: int, args: argparse.Namespace) -> dict[str, Any]:
     names = ["files", "seed", "warmup_epoch"]
     if epoch >= args.warmup_epoch:
         names += ["num_cluster", "kmeans_every", "kmeans", "kmeans_tf32", "temperature", "image_size", "augment_on", "amp"]
-    return {"batch": str(cli.global_batch(args))} | {name: str(getattr(args, name)) for name in names}
+    return {"batch": str(options.global_batch(args))} | {name: str(getattr(args, name)) for name in names}
 
 
 @dataclass
@@ -87,5 +88,5 @@ def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
         numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
     except (KeyError, TypeError, AttributeError, RuntimeError):  # of tensors without numbers
         return False
-    fits = found == clusterings and state["steps"] * cli.global_batch(args) <= args.num_images
+    fits = found == clusterings and state["steps"] * options.global_batch(args) <= args.num_images
     return fits and finite and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])

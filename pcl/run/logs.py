@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pcl.distributed import RunError, available_cores, get_world_size, is_main, mean_over_ranks
+from pcl.distributed import available_cores, get_world_size, is_main, mean_over_ranks
+from pcl.errors import RunError
 from pcl.terminal import tell
 
 PATIENCE = 15.0  # seconds to wait for a run that is about to leave an experiment's folder

@@ -5,6 +5,7 @@ Labels are used here, to look, and nowhere else in pre-training. Letters: N trai
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint
-from pcl.builder import MoCo, extract_features
+from pcl.augment import center_view
+from pcl.builder import MoCo
 from pcl.clustering import Clustering
-from pcl.distributed import is_main, wait_for_main
-from pcl.loader import IndexedFolder
-from pcl.logs import RunLog, log, track
+from pcl.distributed import get_world_size, is_main, wait_for_main
+from pcl.features import extract_features
+from pcl.loader import IndexedFolder, make_loader, share_of_rank
 from pcl.metrics import cluster_agreement, leave_one_out_accuracy
+from pcl.run import options
+from pcl.run.logs import RunLog, log, track
 
 LAST_E_STEP = "e_step.pth.tar"  # in the experiment folder, for pcl/figures.py
 SAMPLE = 5000  # images whose features it keeps
@@ -167,3 +171,30 @@ def _keep(
         "granularities": granularities,
     }
     checkpoint.save(folder / LAST_E_STEP, state)
+
+
+def val_folder(args: argparse.Namespace) -> IndexedFolder | None:
+    """The images of DIR/val/<class>/, for the monitor; None if there are none."""
+    root = (args.data / "val").resolve()
+    if args.monitor_freq == 0 or args.images == args.data.resolve() or not root.is_dir():
+        return None
+    try:
+        return IndexedFolder(root, center_view(args.image_size), skip=args.unreadable)
+    except OSError:
+        return None
+
+
+def val_loader(args: argparse.Namespace) -> DataLoader | None:
+    """This rank's share of the images of DIR/val/<class>/, for the monitor; None if they cannot tell anything.
+
+    At most an eighth of the number of training images, so that looking costs little beside training.
+    """
+    images = val_folder(args)
+    if images is None:
+        return None
+    chosen = np.random.default_rng(0).permutation(len(images))[: args.num_images // 8]
+    images = images.subset(np.sort(chosen))
+    if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:
+        return None
+    batch, workers = options.batch_and_workers(args)
+    return make_loader(images, share_of_rank(len(images)), 5 * batch, workers)

@@ -12,61 +12,22 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from multiprocessing import resource_tracker, util
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from pcl.terminal import open_streams, warn
+from pcl.errors import INTERRUPTED, PREEMPTED
+from pcl.terminal import SIGNALS, leave_now, warn
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
-PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 25.0  # seconds that a guarded process has to finish its step and save
 STORE_IS_GONE = "process 0 has ended or no longer answers"
 SILENCE = 30.0  # seconds without a beat after which a process is given up
-
-
-@contextmanager
-def leave_on_signals() -> Iterator[None]:
-    """Where a script begins. As long as no process is watched, a signal ends it at once, with its own code."""
-    open_streams()
-    for number in set(SIGNALS) - {signal.SIGINT}:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: leave_now(PREEMPTED))
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-
-
-def leave_now(code: int) -> NoReturn:
-    """End this process, whatever it is doing; its loader's workers and the names that they have in the system end with it."""
-    # They are multiprocessing's: sockets in a folder, semaphores. None of its locks may hold up the end.
-    cleaning = threading.Thread(target=util._exit_function, daemon=True)  # type: ignore[attr-defined]
-    cleaning.start()
-    cleaning.join(5)
-    os._exit(code)
-
-
-@contextmanager
-def shielded() -> Iterator[None]:
-    """What is started inside never receives one of `SIGNALS`, also if it is sent to all: this process alone deals with them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which is inherited
-    try:
-        resource_tracker.ensure_running()  # Python's own helper; unblocks some of them
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Watch:

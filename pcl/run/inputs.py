@@ -1,0 +1,175 @@
+"""Folders, the backbone."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from joblib import Parallel, delayed
+from torch import nn
+
+from pcl.checkpoint import CheckpointError, load_backbone, trained_at
+from pcl.distributed import available_cores, is_main, same_on_all
+from pcl.errors import INTERRUPTED, RunError
+from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
+from pcl.loader import IndexedFolder
+from pcl.networks import backbone, no_small_stem, takes_small_stem
+from pcl.run.logs import log, track
+from pcl.run.options import Parser
+from pcl.run.rendezvous import launched_outside
+
+UNREADABLE = "unreadable.txt"
+LISTED = 20  # unreadable images that are shown; the file has all
+
+
+def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -> IndexedFolder:
+    """The images of data/split/<class>/, without a transform; stops if there are none.
+
+    Without `labelled`, they may also lie in data/split, and where there is no such folder, in data/<class>/ or in data itself.
+    """
+    if not data.is_dir():
+        parser.error(f"DIR {data}: no such folder")
+    try:
+        root = data / split
+        if not root.is_dir():
+            root = data
+            if (labelled or not list_folder(data).images) and (remedy := _remedy_for(data, split, labelled)):
+                parser.error(f"DIR {data}: it has no folder {split}/{remedy}")
+        images = IndexedFolder(root.resolve(), lambda image: image)
+    except FileNotFoundError as error:
+        parser.error(f"DIR {data}: {error}")
+    except OSError as error:
+        parser.error(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable, or move it away")
+    if labelled and not images.classes:
+        remedy = f"put them into {root}/<class>/, which names their label"
+        if Path(images.path(0)).name.startswith("ILSVRC2012_"):
+            archives = f"ILSVRC2012_img_{split}.tar and ILSVRC2012_devkit_t12.tar.gz"
+            remedy += (
+                f"; torchvision.datasets.ImageNet({str(data)!r}, {split!r}) does so from {archives} in it, without {split}/"
+            )
+        parser.error(f"DIR {data}: images lie in {root} itself; {remedy}")
+    return images
+
+
+def _remedy_for(data: Path, split: str, labelled: bool) -> str:
+    """What to do about a folder without data/split; empty if its own folders will do as classes."""
+    folders, _, others = list_folder(data)
+    around = data.resolve().parent
+    other = around if labelled and (around / split).is_dir() else _nearest_with(split, folders)
+    if other:
+        return f", but {other} has; give that one"
+    if labelled or not folders or str(data / "val") in folders:
+        straight = "" if labelled else f", or straight into {data} if they have no labels"
+        return f"; put the images into {data / split}/<class>/{straight}{tell_left_out(others)}"
+    return ""
+
+
+def _nearest_with(split: str, folders: list[str]) -> str | None:
+    """Of the folders and those below, the nearest in which `split` holds images; not of very many.
+
+    Deeper ones (ImageNet lies in ILSVRC/Data/CLS-LOC) need val beside it, lest it be a class of that name.
+    """
+    for depth in range(4):
+        needed = [split, "val"] if depth else [split]
+        for folder in folders:
+            if all(os.path.isdir(os.path.join(folder, name)) for name in needed) and holds_images(os.path.join(folder, split)):
+                return folder
+        if len(folders) > 16:
+            break
+        folders = [path for folder in folders for path in list_folder(folder).folders]
+    return None
+
+
+def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: IndexedFolder) -> list[IndexedFolder]:
+    """What is left of each folder without the images that cannot be read, if --skip-unreadable asks for that.
+
+    Lists them, and keeps paths and reasons in `args.unreadable`; stops if nothing is left.
+    """
+    if not args.skip_unreadable:
+        return list(folders)
+    paths = [images.path(i) for images in folders for i in range(len(images))]
+    # Under an outside launcher each process of a node is here.
+    outside = launched_outside(args)
+    threads = max(1, available_cores() // (outside.local_world if outside else 1))
+    reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
+    tells = (outside or args).rank == 0  # there is no group yet to know the main process
+    reasons = track(reading, "reading every image", len(paths)) if tells else reading
+    try:
+        args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "\nstopped before anything was written; without --skip-unreadable images are not read first\n")
+    if tells:
+        log(f"unreadable and left out: {len(args.unreadable)} of {len(paths)} images")
+        for path, reason in list(args.unreadable.items())[:LISTED]:
+            log(f"  {path}: {reason}")
+        if len(args.unreadable) > LISTED:
+            log(f"  and {len(args.unreadable) - LISTED} more; {UNREADABLE} beside the checkpoints will name all")
+    kept = [
+        images.subset(np.array([i for i in range(len(images)) if images.path(i) not in args.unreadable], dtype=int))
+        for images in folders
+    ]
+    for images, before in zip(kept, folders, strict=True):
+        if not len(images):
+            parser.error(f"DIR {args.data}: none of the {len(before)} images of {before.root} can be read")
+    return kept
+
+
+def describe_files(*folders: IndexedFolder) -> str:
+    """Number and fingerprint of the images, by which a resumed run knows them again."""
+    return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
+
+
+def keep_unreadable(folder: Path, args: argparse.Namespace) -> None:
+    """Write the list of images that are left out into the experiment's folder, a path and the reason in each line."""
+    if is_main() and args.unreadable:
+        lines = [f"{path}\t{reason}\n" for path, reason in args.unreadable.items()]
+        (folder / UNREADABLE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def check_same_images(images: IndexedFolder) -> None:
+    """Stop unless all processes, on all nodes, have found the same images; every rank must call it.
+
+    Raises:
+        RunError: they have not.
+    """
+    if not same_on_all(images.digest()):
+        raise RunError(
+            f"the processes found different images in {images.root}; give every node the same files, and start again"
+        )
+
+
+def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
+    """The network that the options name, without its head, in eval mode; and what it is, for the results.
+
+    Raises:
+        CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit; names the option.
+    """
+    if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
+        raise CheckpointError("--pretrained: name a checkpoint, or else give --random-init or --pixels for a baseline")
+    if args.small_stem and not args.random_init:
+        raise CheckpointError("--small-stem is an option of --random-init, since a file tells by itself; leave it out")
+    if args.pixels:
+        if args.arch:
+            raise CheckpointError(f"--arch {args.arch}: --pixels needs no network; leave one of them out")
+        return nn.Flatten().eval(), {"arch": "pixels", "weights": "none"}
+    if args.random_init:
+        arch = args.arch or "resnet50"
+        if args.small_stem and not takes_small_stem(arch):
+            raise CheckpointError(no_small_stem(arch))
+        return backbone(arch, args.small_stem), {"arch": arch, "weights": "random"}
+    try:
+        network, arch = load_backbone(args.pretrained, args.arch)
+    except CheckpointError as error:
+        raise CheckpointError(f"--pretrained: {error}") from error
+    digest = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
+    return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
+
+
+def note_image_size(args: argparse.Namespace) -> None:
+    """Say so if the backbone is evaluated at another size than it was trained at."""
+    trained = trained_at(args.pretrained) if args.pretrained else None
+    if trained not in (None, args.image_size):
+        log(f"note: the backbone was trained at {trained} pixels and sees {args.image_size}; --image-size sets that")
