@@ -15,7 +15,7 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,15 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint
 from pcl.augment import center_view, crop_view, normalize
-from pcl.distributed import get_rank, is_main, seed_everything, wait_for_main
+from pcl.distributed import get_rank, is_main, seed_everything, wait_for_all
 from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.images import list_folder, tell_left_out
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, share_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.metrics import topk_accuracy
 from pcl.run import inputs, launch, options, preflight
-from pcl.run.launch import parallel
-from pcl.run.logs import Meters, RunLog, StepProgress, TensorBoard, describe_machine, log, track, write_result
-from pcl.run.rendezvous import total_processes
+from pcl.run.logs import EpochLog, Meters, RunLog, TensorBoard, describe_machine, log, track, write_result
+from pcl.run.preflight import Plan, note_changes
 from pcl.terminal import leave_on_signals
 
 RESULTS = Path("Linear_eval")  # as published
@@ -49,16 +48,16 @@ def get_parser() -> options.Parser:
     # fmt: off
     parser = options.Parser(__doc__)
     parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
-    options.add_backbone_arguments(parser)
-    options.add_training_arguments(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
-    options.add_launch_arguments(parser)
+    options.add_backbone(parser)
+    options.add_training(parser, epochs=100, batch_size=256, lr=5.0, schedule=[60, 80], wd=0.0, print_freq=10)
+    options.add_launch(parser)
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
     probe.add_argument("--percent", type=options.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
     probe.add_argument("--id", type=folder_name, default="linear", metavar="NAME",
                        help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
-    options.add_output_argument(parser)
+    options.add_output(parser)
     # fmt: on
     return parser
 
@@ -74,14 +73,12 @@ def folder_name(text: str) -> str:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
-    check(parser, args)
-    launch.launch_or_exit(parser, probe, args)
+    launch.launch_or_exit(parser, probe, args, check(parser, args))
 
 
-def check(parser: options.Parser, args: argparse.Namespace) -> None:
-    """Stop on what cannot work, before any process is started or file written; take the seed of a run that is resumed."""
-    preflight.check_launch(parser, args)
-    preflight.check_batch(parser, args)
+def check(parser: options.Parser, args: argparse.Namespace) -> Plan:
+    """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
+    plan = preflight.check_launch(parser, args)
     train, val = (inputs.open_folder(parser, args.data, split) for split in ("train", "val"))
     if train.classes != val.classes:
         name = min(set(train.classes) ^ set(val.classes))
@@ -90,39 +87,40 @@ def check(parser: options.Parser, args: argparse.Namespace) -> None:
         parser.error(
             f"DIR {args.data}: {len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
         )
-    check_numbers(parser, args, train, val)
+    check_numbers(parser, args, plan, train, val)
     preflight.check_output(parser, args)
     for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):
         preflight.check_folder(parser, f"--id {args.id}", place)
     preflight.check_image_size(parser, args, max(len(train), len(val)), len(val) + len(val.classes))
     try:
         state = open_probe(args, train.classes).state
-        check_other_run(args)
+        plan = replace(plan, epoch=state["epoch"] if state else args.start_epoch)
+        check_other_run(args, plan)
     except RunError as error:
         parser.error(str(error))
     if args.evaluate and not state:
         parser.error("--evaluate: name the finished probe with --resume")
     if state:
-        args.evaluate |= args.resume == "auto" and state["epoch"] >= args.epochs  # nothing else is left to do
-        if state["epoch"] >= args.epochs and not args.evaluate:
-            parser.error(f"--resume: {args.resume} has all of its {state['epoch']} epochs; raise --epochs to go on")
+        if plan.epoch >= args.epochs and not (args.evaluate or args.resume == "auto"):
+            parser.error(f"--resume: {args.resume} has all of its {plan.epoch} epochs; raise --epochs to go on")
         if args.seed is None:
-            args.seed, args.deterministic = state["seed"], state["deterministic"]
-    elif args.start_epoch >= args.epochs:
-        parser.error(f"--start-epoch {args.start_epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    if args.evaluate:
-        inputs.leave_out_unreadable(parser, args, val)
-    else:
-        train, val = inputs.leave_out_unreadable(parser, args, train, val)
-        check_numbers(parser, args, train, val)
-        args.files, args.processes = inputs.describe_files(train, val), total_processes(args)
+            plan = replace(plan, seed=state["seed"], deterministic=state["deterministic"])
+    elif plan.epoch >= args.epochs:
+        parser.error(f"--start-epoch {plan.epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
+    if args.evaluate or plan.epoch >= args.epochs:  # nothing else is left to do
+        _, unreadable = inputs.leave_out_unreadable(parser, args, plan.place, val)
+        return replace(plan, unreadable=unreadable)
+    (train, val), unreadable = inputs.leave_out_unreadable(parser, args, plan.place, train, val)
+    plan = replace(plan, unreadable=unreadable, num_images=len(train), files=inputs.describe_files(train, val))
+    check_numbers(parser, args, plan, train, val)
+    return plan
 
 
-def check_other_run(args: argparse.Namespace) -> None:
-    """Asked before anything is written, and again as soon as no other run can write.
+def check_other_run(args: argparse.Namespace, plan: Plan) -> None:
+    """Asked before anything is written, and again once no other run can write.
 
     Raises:
-        RunError: the folder holds a run that is not to be gone on with.
+        RunError: the folder holds a run that is not to be resumed.
     """
     folder = RESULTS / args.id
     goes_on = args.resume and (args.resume == "auto" or Path(args.resume).resolve() == (folder / LAST).resolve())
@@ -130,15 +128,17 @@ def check_other_run(args: argparse.Namespace) -> None:
         raise RunError(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
 
 
-def check_numbers(parser: options.Parser, args: argparse.Namespace, train: IndexedFolder, val: IndexedFolder) -> None:
+def check_numbers(
+    parser: options.Parser, args: argparse.Namespace, plan: Plan, train: IndexedFolder, val: IndexedFolder
+) -> None:
     """Stop if a class has no image, or a process has none."""
     for images, split in ((train, "train"), (val, "val")):
         count = np.bincount(images.labels, minlength=len(images.classes))
         if count.min() == 0:
-            kind = "image that can be read" if args.unreadable else "image"
+            kind = "image that can be read" if plan.unreadable else "image"
             place = args.data / split / images.classes[count.argmin()]
             parser.error(f"DIR {args.data}: no {kind} in {place}{tell_left_out(list_folder(place).others)}")
-    if len(share_of_labels(train.labels, args.percent, 0)) < total_processes(args):
+    if len(label_subset(train.labels, args.percent, 0)) < plan.place.world:
         parser.error(f"--percent {args.percent:g}: fewer images than processes; raise it, or lower --nproc")
 
 
@@ -188,21 +188,22 @@ def open_probe(args: argparse.Namespace, classes: list[str]) -> Probe:
     return Probe(network, head, state["source"], state)
 
 
-def probe(device: torch.device, args: argparse.Namespace) -> None:
+def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     """Train and score, in each process of the group."""
-    if not args.evaluate:
-        record = RunLog(RESULTS / args.id, vars(args), check=partial(check_other_run, args))
-        wait_for_main()  # now no other run writes there
-    seed_everything(args.seed)  # random weights are to be the same on every rank
-    roots = [(args.data / split).resolve() for split in ("train", "val")]
-    train_set = IndexedFolder(roots[0], crop_view(args.image_size), args.seed, skip=args.unreadable)
-    val_set = IndexedFolder(roots[1], center_view(args.image_size), skip=args.unreadable)
+    evaluate = args.evaluate or plan.epoch >= args.epochs
+    if not evaluate:
+        record = RunLog(RESULTS / args.id, {**vars(args), **vars(plan)}, check=partial(check_other_run, args, plan))
+        wait_for_all()  # now no other run writes there
+    seed_everything(plan.seed)  # random weights are to be the same on every rank
+    train_root, val_root = ((args.data / split).resolve() for split in ("train", "val"))
+    train_set = IndexedFolder(train_root, crop_view(args.image_size), plan.seed, skip=plan.unreadable)
+    val_set = IndexedFolder(val_root, center_view(args.image_size), skip=plan.unreadable)
     model = open_probe(args, train_set.classes)
     model.backbone.to(device).requires_grad_(False)
     model.head.to(device)
     if model.state:
-        options.note_changes(model.state, {"image_size": str(args.image_size)} if args.evaluate else options.settings(args))
-    batch, workers = options.batch_and_workers(args)
+        now = {"image_size": str(args.image_size)} if evaluate else plan.settings(args)
+        note_changes(model.state, now)
     log(f"machine: {describe_machine()}")
     inputs.note_image_size(args)
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
@@ -213,32 +214,32 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.
     start = time.monotonic()
-    val_loader = make_loader(val_set, share_of_rank(len(val_set)), batch, workers)
-    val_features = extract_features(model.backbone, track(val_loader, "features", len(val_loader)), len(val_set), device)
+    val_loader = make_loader(val_set, indices_of_rank(len(val_set)), plan.batch, plan.workers)
+    val_features = extract_features(model.backbone, track(val_loader, "features"), len(val_set), device)
     val_labels = torch.from_numpy(val_set.labels).to(device)
     log(f"features: {val_features.shape[1]} of each validation image, {time.monotonic() - start:.1f} s")
-    if args.evaluate:
+    if evaluate:
         report(model, [validate(model.head, val_features, val_labels)], args, val_set.classes)
         return
 
-    train_set = train_set.subset(share_of_labels(train_set.labels, args.percent, args.seed))
+    train_set = train_set.subset(label_subset(train_set.labels, args.percent, plan.seed))
     labels = torch.from_numpy(train_set.labels).to(device)
-    sampler = EpochSampler(train_set, args.seed)
-    loader = make_loader(train_set, sampler, batch, workers)
-    head = parallel(model.head, device)
+    sampler = EpochSampler(train_set, plan.seed)
+    loader = make_loader(train_set, sampler, plan.batch, plan.workers)
+    head = launch.parallel(model.head, device)
     optimizer = torch.optim.SGD(head.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     history: list[dict[str, float]] = []
     if model.state:
         checkpoint.load_optimizer(optimizer, model.state["optimizer"])
-        args.start_epoch, history = model.state["epoch"], model.state["history"]
-    inputs.keep_unreadable(RESULTS / args.id, args)
+        history = model.state["history"]
+    inputs.keep_unreadable(RESULTS / args.id, plan.unreadable)
     board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
     untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
 
-    for epoch in range(args.start_epoch, args.epochs):
-        seed_everything(args.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
+    for epoch in range(model.state["epoch"] if model.state else plan.epoch, args.epochs):
+        seed_everything(plan.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
-        figures = train_head(model.backbone, head, loader, labels, optimizer, epoch, args, record)
+        figures = train_head(model.backbone, head, loader, labels, optimizer, epoch, args, plan, record)
         if not (math.isfinite(figures["train_loss"]) and all(value.isfinite().all() for value in head.parameters())):
             raise RunError(
                 f"the loss of epoch {epoch + 1} is not a finite number, at learning rate {figures['lr']:g}; lower --lr"
@@ -251,11 +252,11 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
         record.write(epoch=epoch, **figures)
         board.write(epoch, **figures)
         history.append({"epoch": epoch, **figures})
-        save(model, optimizer, history, train_set.classes, args)
+        save(model, optimizer, history, train_set.classes, args, plan)
     report(model, history, args, val_set.classes)
 
 
-def share_of_labels(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+def label_subset(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     """Indices, in order, of `percent` % of the images of each class, at least one of each, drawn with `seed`."""
     generator = np.random.default_rng(seed)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -270,13 +271,14 @@ def train_head(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     args: argparse.Namespace,
+    plan: Plan,
     record: RunLog,
 ) -> dict[str, float]:
     """One epoch of SGD on the head; the figures that TensorBoard shows."""
     lr = options.set_learning_rate(optimizer, args, epoch)
     meters = Meters()
     label = f"epoch {epoch + 1}/{args.epochs}"
-    progress = StepProgress(label, len(loader), options.global_batch(args), args.print_freq, record, epoch)
+    progress = EpochLog(label, len(loader), plan.global_batch, args.print_freq, record, epoch)
     for step, (images, index) in progress.batches(loader):
         target = labels[index.to(labels.device, non_blocking=True)]
         with torch.no_grad():
@@ -314,6 +316,7 @@ def save(
     history: list[dict[str, float]],
     classes: list[str],
     args: argparse.Namespace,
+    plan: Plan,
 ) -> None:
     """Write the last checkpoint, and model_best.pth.tar if this epoch is the best so far: a whole torchvision classifier."""
     if not is_main():
@@ -328,9 +331,9 @@ def save(
         "classes": classes,
         "source": model.source,
         "history": history,
-        "seed": args.seed,
-        "deterministic": args.deterministic,
-        "args": options.settings(args),
+        "seed": plan.seed,
+        "deterministic": plan.deterministic,
+        "args": plan.settings(args),
     }
     if history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(RESULTS / args.id / "model_best.pth.tar", state)

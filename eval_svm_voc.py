@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from pcl import checkpoint, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
-from pcl.errors import FORESEEN, reason_of
+from pcl.errors import USER_ERRORS, reason_of
 from pcl.features import extract_features
 from pcl.loader import make_loader
 from pcl.metrics import average_precision
@@ -70,10 +70,10 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, as far as it is not there")
-    options.add_backbone_arguments(parser)
+    options.add_backbone(parser)
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
-    parser.add_argument("--cost", type=options.costs, default="0.5", metavar="C,C,..",
+    parser.add_argument("--cost", type=options.several(options.positive_float), default="0.5", metavar="C,C,..",
                         help="cost of the SVMs; of several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
@@ -82,7 +82,7 @@ def get_parser() -> options.Parser:
                         help="images passed through at once")
     parser.add_argument("--num-workers", type=options.integer(0, options.MOST_PROCESSES), default=8, metavar="N",
                         help="loader processes, at most one a core")
-    options.add_output_argument(parser)
+    options.add_output(parser)
     # fmt: on
     parser.set_defaults(processes=available_cores())  # that fit SVMs; 0: this one
     return parser
@@ -94,7 +94,7 @@ def main() -> None:
     network, source, train, test = open_all(parser, args)
     try:
         evaluate(network, source, train, test, args)
-    except FORESEEN as error:
+    except USER_ERRORS as error:
         parser.fail(1, reason_of(error))
 
 

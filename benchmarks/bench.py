@@ -38,7 +38,7 @@ from torchvision import transforms
 from pcl.augment import MEAN, STD, RecipeView, TwoViews, center_view, finish, random_view
 from pcl.builder import MoCo
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
-from pcl.distributed import deal
+from pcl.distributed import assign_jobs
 from pcl.images import read_image, read_tensor
 from pcl.loader import IndexedFolder, make_loader
 from pcl.losses import prototype_logits, prototype_loss, sample_negatives
@@ -256,7 +256,7 @@ def restarts_over_ranks() -> Row:
         start = time.perf_counter()
         kmeans(features, *job)
         seconds.append(time.perf_counter() - start)
-    owner = deal([k for k, _, _ in jobs], 8)
+    owner = assign_jobs([k for k, _, _ in jobs], 8)
     makespan = max(sum(s for s, o in zip(seconds, owner, strict=True) if o == rank) for rank in range(8))
     ideal = max(sum(seconds) / 8, *seconds)
     note = f"{makespan / ideal:.2f} times the ideal; target 1.3"

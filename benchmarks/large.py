@@ -34,10 +34,10 @@ from matplotlib.figure import Figure
 
 from demo import ROOT
 from pcl import checkpoint
+from pcl.checkpoint import LAST_E_STEP
 from pcl.figures import COLORS, DPI, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.run.monitor import LAST_E_STEP
 from pcl.run.options import Parser, positive
 from replicate import (
     BASELINES,

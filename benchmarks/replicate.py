@@ -65,6 +65,7 @@ from torchvision import transforms
 from demo import ARCH, ROOT, script
 from pcl import checkpoint, networks
 from pcl.augment import TwoViews
+from pcl.checkpoint import LAST_E_STEP
 from pcl.clustering import Clustering, cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
@@ -73,7 +74,6 @@ from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import cluster_agreement, knn_accuracy
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.run.monitor import LAST_E_STEP
 from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder
 from replication_report import report, results_in

@@ -13,7 +13,7 @@ import torch
 
 from pcl import sharded
 from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
-from pcl.distributed import add_over_ranks, get_world_size
+from pcl.distributed import get_world_size, sum_over_ranks
 from pcl.run.launch import launch
 from pcl.run.logs import log
 
@@ -41,7 +41,7 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
     loaded, start = peak(), time.perf_counter()
     sharded.cluster_all_sharded(features, NUM_IMAGES, [NUM_CLUSTER], temperature=0.2)
     seconds = (time.perf_counter() - start) / (MEASURED + 1)  # the last search describes the clusters
-    mib = add_over_ranks(torch.tensor([empty, loaded - empty, peak() - loaded])) / get_world_size()
+    mib = sum_over_ranks(torch.tensor([empty, loaded - empty, peak() - loaded])) / get_world_size()
     rate = 2 * NUM_IMAGES * NUM_CLUSTER * DIM / seconds / get_world_size()
     log("mean of the processes: {:.0f} MiB before, {:.0f} MiB of features, {:.0f} MiB more at the peak".format(*mib.tolist()))
     log(f"{seconds:.1f} s an iteration, {rate / 1e9:.0f} billion operations a second in each process")

@@ -237,3 +237,23 @@ def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
     return torch.tensor(255.0, device=device), mean, std
+
+
+class Augmentation:
+    """Shim."""
+
+    def __init__(self, size: int, aug_plus: bool, on_device: bool) -> None:
+        from pcl.images import read_image, read_tensor
+
+        self.on_device, self.aug_plus = on_device, aug_plus
+        self.two_views = TwoViews((RecipeView if on_device else random_view)(size, aug_plus))
+        self.center = center_view(size, tensors=on_device)
+        self.read = read_tensor if on_device else read_image
+
+    def apply(self, view, device, channels_last=False):  # type: ignore[no-untyped-def]
+        if self.on_device:
+            crops, recipe = view
+            images = finish(crops.to(device, non_blocking=True), recipe, self.aug_plus)
+        else:
+            images = normalize(view.to(device, non_blocking=True))
+        return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -102,7 +102,7 @@ class MoCo(nn.Module):
         self.queue_ptr.add_(len(keys)).remainder_(self.r)
 
     @torch.no_grad()
-    def represent(self, images: Tensor) -> Tensor:
+    def backbone_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, features): what the query encoder's head is given; in eval mode the backbone to evaluate."""
         head, self.encoder_q.fc = self.encoder_q.fc, nn.Identity()
         try:
@@ -111,7 +111,7 @@ class MoCo(nn.Module):
             self.encoder_q.fc = head
 
     @torch.no_grad()
-    def share_statistics(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Give every rank rank 0's buffers, so that all encode alike in the E-step, as published."""
         if dist.is_initialized():
             for buffer in self.buffers():

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcl.errors import FORESEEN, RunError, reason_of
+from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.networks import architectures, backbone, has_small_stem, new_network
 from pcl.terminal import leave_on_signals, printable, tell
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: those of finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
+LAST_E_STEP = "e_step.pth.tar"  # in the same folder, for pcl.figures
 
 
 class CheckpointError(RunError):
@@ -358,7 +359,7 @@ def main() -> None:
             raise CheckpointError(f"{args.out}: exists already, or its folder does not; name another file")
         network, arch = load_backbone(args.checkpoint, args.arch)
         save(args.out, network.state_dict())
-    except FORESEEN as error:
+    except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {printable(reason_of(error))}\n")
     tell(f"{args.out}: {arch} without its fc. To load it:")
     tell(f"  network = torchvision.models.{arch}()")

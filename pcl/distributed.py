@@ -112,20 +112,20 @@ def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
     return rows.transpose(0, 1).reshape(world * longest, *tensor.shape[1:])[:total]
 
 
-def add_over_ranks(tensor: Tensor) -> Tensor:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of each element over the ranks, in place of `tensor`'s values."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def same_on_all(number: int) -> bool:
+def equal_on_all_ranks(number: int) -> bool:
     """Whether every rank has this number; every rank must call it."""
     differs = broadcast(torch.tensor(number)) != number
-    return not add_over_ranks(differs.int())
+    return not sum_over_ranks(differs.int())
 
 
-def wait_for_main() -> None:
+def wait_for_all() -> None:
     """Wait, for days if need be, until every rank is here: after what the main process does alone."""
     if dist.is_initialized():
         dist.barrier(group=patient_group)
@@ -153,7 +153,7 @@ def shared_map(
         cost: the expected work of each, in any unit, by which they are dealt out: equal costs, equal ranks.
         track: is given the numbers of this rank's jobs and gives them back one by one, to show how far it is.
     """
-    owner = deal(cost, get_world_size())
+    owner = assign_jobs(cost, get_world_size())
     mine = {j: function(jobs[j]) for j in track([j for j, rank in enumerate(owner) if rank == get_rank()])}
     if not dist.is_initialized():
         return [mine[j] for j in range(len(jobs))]
@@ -175,7 +175,7 @@ def _sent_to_all(tensors: Sequence[Tensor], source: int) -> list[Tensor]:
         return [torch.from_numpy(arrays[name]) for name in arrays.files]
 
 
-def deal(cost: Sequence[float], world: int) -> list[int]:
+def assign_jobs(cost: Sequence[float], world: int) -> list[int]:
     """The rank that does each job: largest first, each to the rank with the least work so far."""
     owner = [0] * len(cost)
     load = [(0.0, rank) for rank in range(world)]

@@ -12,7 +12,10 @@ class RunError(Exception):
     """What ends a run; the message is one line that names the remedy."""
 
 
-FORESEEN = (RunError, OSError)  # what a user can mend, without a traceback: an OSError is a full disk, a folder that is gone ..
+USER_ERRORS = (
+    RunError,
+    OSError,
+)  # what a user can mend, without a traceback: an OSError is a full disk, a folder that is gone ..
 
 
 def reason_of(error: BaseException) -> str:

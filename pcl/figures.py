@@ -37,10 +37,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pcl import checkpoint
-from pcl.errors import FORESEEN, RunError, reason_of
+from pcl.checkpoint import LAST_E_STEP
+from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.images import UnreadableImageError, read_image
 from pcl.loader import IndexedFolder
-from pcl.run.monitor import LAST_E_STEP
 from pcl.terminal import leave_on_signals, printable, tell
 
 # Okabe and Ito's colors without the yellow, and Tol's wine and olive: told apart by the color-blind. Each goes with a
@@ -77,7 +77,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
             yield
         except Exception as error:  # of many kinds, since the file may hold anything
             reason = f"{path} does not hold what it should ({type(error).__name__}: {error})"
-            failures.setdefault(path, " ".join((reason_of(error) if isinstance(error, FORESEEN) else reason).split()))
+            failures.setdefault(path, " ".join((reason_of(error) if isinstance(error, USER_ERRORS) else reason).split()))
 
     def picture(name: str, source: Path, make: Callable[..., Figure], *data: Any) -> None:
         path = exp_dir / "figures" / f"{name}.png"

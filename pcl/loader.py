@@ -205,7 +205,7 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in islice(super().__iter__(), self.skip, None))
 
 
-def share_of_rank(num_images: int) -> range:
+def indices_of_rank(num_images: int) -> range:
     """Images rank, rank + W, ..: each exactly once over the ranks."""
     return range(get_rank(), num_images, get_world_size())
 

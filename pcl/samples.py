@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pcl.errors import FORESEEN, RunError, reason_of
+from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.loader import IndexedFolder
 from pcl.terminal import leave_on_signals, tell
 
@@ -102,7 +102,7 @@ def main() -> None:
         refuse_other_data(root)
         write_image_folder(root)
         write_voc(root, root)
-    except FORESEEN as error:
+    except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: DIR {root}: {reason_of(error)}\n")
     counts = {split: len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val")}
     tell(

@@ -34,7 +34,7 @@ from pcl.clustering import (
     permutation,
     seeds_of,
 )
-from pcl.distributed import add_over_ranks, gather_interleaved, get_rank, get_world_size
+from pcl.distributed import gather_interleaved, get_rank, get_world_size, sum_over_ranks
 
 CHUNK = 2**16  # images whose features are held in double precision at once
 TILE = 4096, 2048  # images and centroids whose distances a GPU holds at once: 32 MiB, which its cache may keep
@@ -70,10 +70,10 @@ def cluster_all_sharded(
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
     granularities = granularities_of(num_clusters, seeds, num_images)
-    rows = int(add_over_ranks(torch.tensor(len(features), device=features.device)))
+    rows = int(sum_over_ranks(torch.tensor(len(features), device=features.device)))
     if rows != num_images:
         raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
-    features, mean, size = held_by_float32(features, add_over_ranks)
+    features, mean, size = held_by_float32(features, sum_over_ranks)
     features = features.float().contiguous()
     jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
@@ -152,8 +152,8 @@ class Share(DatasetAssign):
         total = self.x.new_zeros(centroids.shape, dtype=torch.float64)
         for rows, place in zip(self.x.split(CHUNK), nearest.split(CHUNK), strict=True):
             total.index_add_(0, place, rows.double())
-        count = add_over_ranks(torch.bincount(nearest, minlength=len(centroids))).cpu().numpy()
-        return np.repeat(np.arange(len(count)), count), add_over_ranks(squared.double().sum()), add_over_ranks(total)
+        count = sum_over_ranks(torch.bincount(nearest, minlength=len(centroids))).cpu().numpy()
+        return np.repeat(np.arange(len(count)), count), sum_over_ranks(squared.double().sum()), sum_over_ranks(total)
 
 
 def describe_sharded(
@@ -164,7 +164,7 @@ def describe_sharded(
     sums = features.new_zeros(2, len(centroids), dtype=torch.float64)  # size, sum of distances
     sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))
     sums[1].index_add_(0, nearest, squared.clamp(min=0).sqrt().double())
-    size, spread = add_over_ranks(sums)
+    size, spread = sum_over_ranks(sums)
     phi = concentration_of_sums(size, spread, temperature).float()
     return Clustering(gather_interleaved(nearest, num_images), F.normalize(centroids, dim=1), phi)
 
@@ -204,4 +204,4 @@ def _rows_of_images(features: Tensor, images: np.ndarray) -> Tensor:
     place = torch.from_numpy(images // world).to(features.device)
     rows = features.new_zeros(len(images), features.shape[1])
     rows[here] = features[place[here]]
-    return add_over_ranks(rows)
+    return sum_over_ranks(rows)

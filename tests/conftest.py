@@ -3,6 +3,8 @@
 import os
 
 from pcl.run import launch
+from pcl.run.preflight import Plan
+from pcl.run.rendezvous import place_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
 
@@ -101,10 +103,15 @@ def two_ranks(tmp_path):
     def run(worker, **options):
         usual = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "nccl", "seed": 0}
         args = Namespace(**usual | {"deterministic": True, "dist_timeout": 60, "out": tmp_path} | options)
-        launch.launch(worker, args)
+        launch.launch(worker, args, plan_of(args))
         return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(args.nproc)]
 
     return run
+
+
+def plan_of(args):
+    """The plan of processes and seed, as the scripts' checks make it."""
+    return Plan(place_of(args), seed=args.seed, deterministic=args.deterministic)
 
 
 def free_port():

@@ -15,7 +15,7 @@ from pcl.builder import MoCo, SplitBatchNorm2d, split_batch_norm
 from pcl.clustering import Clustering
 from pcl.distributed import broadcast, gather, get_rank, get_world_size
 from pcl.features import extract_features
-from pcl.loader import share_of_rank
+from pcl.loader import indices_of_rank
 from pcl.losses import instance_logits, prototype_logits
 from pcl.run.launch import parallel
 
@@ -98,7 +98,7 @@ def test_training_steps_are_the_published_ones(name, monkeypatch):
     assert follow_golden(name)
 
 
-def work_together(device, args):
+def work_together(device, args, plan):
     """All that two ranks must show: golden steps, gather, shuffling, equal queues, equal features of the E-step."""
     randperm = torch.randperm
     for name in ("moco_v2_warmup", "moco_v2_proto"):
@@ -116,7 +116,7 @@ def work_together(device, args):
     q, k, queue = wrapped(im, im)
     (q * k).sum().backward()
     model.eval()
-    model.share_statistics()
+    model.broadcast_buffers()
     # In eval mode, with the same statistics, a key does not depend on the others: put back, it is its image's.
     with torch.no_grad():
         keys = model._encode_keys(im)
@@ -125,8 +125,8 @@ def work_together(device, args):
 
     images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     model.encoder_k.bn.running_mean.add_(get_rank())  # statistics differ; the E-step must not
-    model.share_statistics()
-    loader = [(images[i : i + 1], torch.tensor([i])) for i in share_of_rank(7)]
+    model.broadcast_buffers()
+    loader = [(images[i : i + 1], torch.tensor([i])) for i in indices_of_rank(7)]
     features = extract_features(model, loader, 7, device)
     with torch.no_grad():
         direct = model(normalize(images))

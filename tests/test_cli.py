@@ -12,6 +12,9 @@ from pcl.distributed import get_rank
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, options
+from pcl.run.options import learning_rate
+from pcl.run.preflight import check_launch
+from pcl.run.rendezvous import Place, place_of
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,7 @@ from pcl.run import inputs, options
 )
 def test_learning_rates_are_the_published_ones(name, options):
     with np.load(GOLDEN / "learning_rate.npz") as golden:
-        ours = [options.learning_rate(Namespace(**options), epoch) for epoch in range(options["epochs"])]
+        ours = [learning_rate(Namespace(**options), epoch) for epoch in range(options["epochs"])]
         np.testing.assert_allclose(ours, golden[name], rtol=1e-5, atol=1e-12)
 
 
@@ -49,10 +52,10 @@ def test_numbers_are_read_or_refused():
 
 def test_a_random_backbone_may_have_a_small_stem():
     parser = options.Parser("text")
-    options.add_backbone_arguments(parser)
+    options.add_backbone(parser)
 
-    def opened(*options):
-        return inputs.open_backbone(parser.parse_args(["--small-stem", *options]))[0]
+    def opened(*words):
+        return inputs.open_backbone(parser.parse_args(["--small-stem", *words]))[0]
 
     assert opened("--random-init", "-a", "resnet18").conv1.kernel_size == (3, 3)
     with pytest.raises(CheckpointError, match="a file tells by itself"):
@@ -70,8 +73,10 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 
 
 def test_batches_are_totals_over_a_node():
-    args = Namespace(batch_size=256, nproc=4, gpu=None, world_size=3)
-    assert options.global_batch(args) == 768
+    args = Namespace(batch_size=256, workers=8, nproc=4, gpu=None, world_size=3, rank=0, seed=None)
+    args.dist_url, args.dist_backend = "tcp://a:1", "nccl"
+    plan = check_launch(options.Parser(None), args)
+    assert (plan.batch, plan.workers, plan.global_batch) == (64, 2, 768)
 
 
 def write(root, *names):
@@ -187,7 +192,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, capsys, monkeypatch)
 
 
 def skipping(folder, **options):
-    return Namespace(skip_unreadable=True, unreadable={}, data=folder, rank=0, nproc=1, gpu=None, **options)
+    return Namespace(skip_unreadable=True, data=folder, rank=0, nproc=1, gpu=None, world_size=1, dist_url=None, **options)
 
 
 def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
@@ -199,23 +204,24 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     (tmp_path / "val" / "a" / "2.png").symlink_to("nowhere")
     train, val = (inputs.open_folder(options.Parser(""), tmp_path, split) for split in ("train", "val"))
     args = skipping(tmp_path)
-    kept = inputs.leave_out_unreadable(options.Parser(""), args, train, val)
+    kept, unreadable = inputs.leave_out_unreadable(options.Parser(""), args, Place(), train, val)
     assert [len(images) for images in kept] == [32, 2]
     assert kept[0].labels.tolist() == [0] * 2 + [1] * 30
-    assert list(args.unreadable) == [str(tmp_path / name) for name in [*gone, "val/a/2.png"]]
+    assert list(unreadable) == [str(tmp_path / name) for name in [*gone, "val/a/2.png"]]
 
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert first == "unreadable and left out: 29 of 63 images"
     assert [line.split(": ")[0] for line in lines] == [f"  {tmp_path / name}" for name in gone[:20]]
     assert all(line.split(": ")[1] for line in lines)
     assert last == "  and 9 more; unreadable.txt beside the checkpoints will name all"
-    inputs.keep_unreadable(tmp_path, args)
+    inputs.keep_unreadable(tmp_path, unreadable)
     text = (tmp_path / "unreadable.txt").read_text().splitlines()
-    assert [line.split("\t")[0] for line in text] == list(args.unreadable)
+    assert [line.split("\t")[0] for line in text] == list(unreadable)
     assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a link to nowhere)"
 
     args.skip_unreadable = False
-    assert [len(images) for images in inputs.leave_out_unreadable(options.Parser(""), args, train, val)] == [60, 3]
+    kept, unreadable = inputs.leave_out_unreadable(options.Parser(""), args, Place(), train, val)
+    assert ([len(images) for images in kept], unreadable) == ([60, 3], {})
 
 
 def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
@@ -223,12 +229,13 @@ def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
     images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     args = skipping(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        inputs.leave_out_unreadable(options.Parser(""), args, images)
+        inputs.leave_out_unreadable(options.Parser(""), args, Place(), images)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert "caf\\udce9.jpg: it is empty, or no image of a known format" in out
     assert f"DIR {tmp_path}: none of the 1 images of {tmp_path} can be read" in err
-    inputs.keep_unreadable(tmp_path, args)
+    path = str(tmp_path / "caf\udce9.jpg")
+    inputs.keep_unreadable(tmp_path, {path: "it is empty"})
     assert (tmp_path / "unreadable.txt").read_bytes().startswith(os.fsencode(tmp_path) + b"/caf\xe9.jpg\t")
 
 
@@ -240,8 +247,8 @@ def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, m
         for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
     args = skipping(tmp_path)
-    args.rank, args.dist_url = node, "tcp://a:1"
-    inputs.leave_out_unreadable(options.Parser(""), args, images)
+    args.rank, args.dist_url, args.world_size = node, "tcp://a:1", 1 if rank else node + 1
+    inputs.leave_out_unreadable(options.Parser(""), args, place_of(args), images)
     assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
 
 
@@ -253,12 +260,12 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
     images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     with pytest.raises(SystemExit) as stop:
-        inputs.leave_out_unreadable(options.Parser(""), skipping(tmp_path), images)
+        inputs.leave_out_unreadable(options.Parser(""), skipping(tmp_path), Place(), images)
     assert stop.value.code == 130
     assert capsys.readouterr().err.strip().count("\n") == 0
 
 
-def compare_images(device, args):
+def compare_images(device, args, plan):
     found = []
     for roots in (args.same, args.other):
         try:

@@ -230,7 +230,7 @@ def test_num_used_counts_up_to_the_largest_id_with_an_image():
     assert Clustering(torch.tensor([0, 4, 2]), torch.ones(9, 3), torch.ones(9)).num_used == 5
 
 
-def cluster_together(device, args):
+def cluster_together(device, args, plan):
     features = unit_rows(700, 8)
     shared = cluster_all(features, [10, 40, 25], 0.2, share=shared_map)
     save_result(args, **{f"{name}{j}": getattr(c, name) for j, c in enumerate(shared) for name in c.__dataclass_fields__})

@@ -28,7 +28,8 @@ from pcl.builder import MoCo
 from pcl.clustering import Clustering
 from pcl.loader import IndexedFolder
 from pcl.run import inputs
-from pcl.run.progress import terms_of_epoch
+from pcl.run.preflight import Plan
+from pcl.run.progress import terms_of
 
 ARCH = "shufflenet_v2_x0_5"
 EXAMPLES = 250
@@ -251,8 +252,8 @@ def write_checkpoints(folder):
     clusterings = [vars(Clustering(torch.zeros(37, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k))) for k in (3, 5)]
     line = f"DIR {VALID[main_pcl]} --seed 1".replace("|", "").split()
     args = main_pcl.get_parser().parse_args(line)
-    args.files = inputs.describe_files(IndexedFolder(folder.parent / "six/train", str))
-    terms = terms_of_epoch(2, args)
+    files = inputs.describe_files(IndexedFolder(folder.parent / "six/train", str))
+    terms = terms_of(2, args, Plan(batch=args.batch_size, seed=args.seed, files=files))
     middle = run | {"steps": 2, "terms": terms, "clusterings": clusterings, "meters": {"steps": 2, "sums": {"loss": 3.0}}}
     weights = {f"module.{name}": value for name, value in network.state_dict().items()}
     probe = common | {"state_dict": weights, "optimizer": trained(network.fc.parameters())}

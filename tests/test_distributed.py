@@ -11,17 +11,17 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_result
+from conftest import plan_of, save_result
 
 from pcl import distributed
 from pcl.distributed import (
-    deal,
+    assign_jobs,
     derive_seed,
+    equal_on_all_ranks,
     gather,
     gather_interleaved,
     get_rank,
     mean_over_ranks,
-    same_on_all,
     seed_everything,
     shared_map,
 )
@@ -52,7 +52,7 @@ def test_seeds_repeat_and_differ():
 @pytest.mark.parametrize("world", [1, 2, 8, 20])
 def test_jobs_are_dealt_evenly(world):
     cost = [100, 100, 100, 100, 100, 50, 50, 50, 50, 50, 25, 25, 25, 25, 25]  # three granularities, five restarts
-    owner = deal(cost, world)
+    owner = assign_jobs(cost, world)
     load = [sum(c for c, o in zip(cost, owner, strict=True) if o == rank) for rank in range(world)]
     assert sum(load) == sum(cost)
     assert max(load) <= 1.34 * max(sum(cost) / world, max(cost))
@@ -122,7 +122,7 @@ def test_what_a_launcher_sets_by_half_is_one_line(monkeypatch, capsys, variables
     with pytest.raises(RunError, match=re.escape(told)) as caught:
         place_in(monkeypatch, variables)
     assert "\n" not in str(caught.value)
-    args = Namespace(nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None)
+    args = Namespace(nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=1)
     with pytest.raises(SystemExit, match="2"):
         preflight.check_launch(options.Parser(None), args)
     assert told in capsys.readouterr().err
@@ -132,27 +132,36 @@ def test_the_list_of_nodes_is_slurm_s():
     assert rendezvous._hosts("a[01-03,5]-x,b,c[9-10]") == ["a01-x", "a02-x", "a03-x", "a5-x", "b", "c9", "c10"]
 
 
+def processes_of(args):
+    place = rendezvous.place_of(args)
+    return place.local_world, place.world
+
+
 def test_numbers_of_processes(monkeypatch):
     args = Namespace(nproc=3, gpu=None, world_size=2, rank=0, dist_url=None)
-    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (3, 6)
+    assert processes_of(args) == (3, 6)
     place_in(monkeypatch, TORCHRUN)
-    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (4, 8)
+    assert processes_of(args) == (4, 8)
 
 
 def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch):
     place_in(monkeypatch, SRUN | {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0})
-    args = Namespace(nproc=4, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, dist_backend="nccl")
-    preflight.check_launch(options.Parser(None), args)
-    assert (args.world_size, args.rank, args.dist_url) == (2, 1, "tcp://n09:10123")
-    assert (rendezvous.local_processes(args), rendezvous.total_processes(args)) == (4, 8)
+    args = Namespace(
+        nproc=4, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="nccl"
+    )
+    place = preflight.check_launch(options.Parser(None), args).place
+    assert (place.world, place.rank, place.host, place.port) == (8, 4, "n09", 10123)
+    assert processes_of(args) == (4, 8)
 
 
 def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = Namespace(nproc=3, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, dist_backend="gloo")
+    args = Namespace(
+        nproc=3, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="gloo"
+    )
     preflight.check_launch(options.Parser(None), args)
-    assert [launch._device(local_rank, args) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [str(launch.device_of(local_rank, args)) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     args.dist_backend = "nccl"
     with pytest.raises(SystemExit):
         preflight.check_launch(options.Parser(None), args)
@@ -161,10 +170,10 @@ def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, 
     place_in(monkeypatch, TORCHRUN)
     args.nproc = None
     preflight.check_launch(options.Parser(None), args)
-    assert launch._device(3, args) == "cuda:0"
+    assert str(launch.device_of(3, args)) == "cuda:0"
 
 
-def ask_the_group(device, args):
+def ask_the_group(device, args, plan):
     rank = get_rank()
     drawn = float(torch.rand(()))
     rows = gather_interleaved(torch.arange(rank, 7, 2)[:, None].float(), 7)
@@ -173,8 +182,8 @@ def ask_the_group(device, args):
     shown = rank == 0 and shutil.which("ss")  # Linux has it
     listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout if shown else ""
     own = (f"pid={os.getpid()},", f"pid={os.getppid()},")
-    save_result(args, rank=rank, device=str(device), seed=args.seed, drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
-                alike=[same_on_all(7), same_on_all(7 + rank)],
+    save_result(args, rank=rank, device=str(device), seed=plan.seed, drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
+                alike=[equal_on_all_ranks(7), equal_on_all_ranks(7 + rank)],
                 squares=[int(result[0]) for result in squares], shapes=[list(result[-1].shape) for result in squares],
                 owners=len({int(result[1][0, 0]) for result in squares[1:]}),
                 listening=[line.split()[3] for line in listening.splitlines() if any(pid in line for pid in own)])  # fmt: skip
@@ -203,12 +212,12 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
 def test_a_seed_is_drawn_where_none_is_given_and_known_to_all():
     seeds = []
     for _ in range(2):
-        launch.launch(lambda device, args: seeds.append(args.seed), alone(seed=None))
+        launch.launch(lambda device, args, plan: seeds.append(plan.seed), alone(seed=None), plan_of(alone(seed=None)))
     assert seeds[0] != seeds[1]
     assert not torch.distributed.is_initialized()
 
 
-def gradients_of_two_steps(device, args):
+def gradients_of_two_steps(device, args, plan):
     torch.manual_seed(get_rank())
     images = torch.randn(4, 3, 8, 8)
     torch.manual_seed(0)
@@ -269,11 +278,11 @@ LOST = "another process did not answer"
     ],
 )
 def test_what_often_ends_a_run_is_one_line_with_its_remedy(error, told):
-    def worker(device, args):
+    def worker(device, args, plan):
         raise error
 
     with pytest.raises(RunError) as caught:
-        launch.launch(worker, alone())
+        launch.launch(worker, alone(), plan_of(alone()))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -284,15 +293,15 @@ def alone(**options):
 
 
 def test_an_error_in_the_code_keeps_its_traceback():
-    def worker(device, args):
+    def worker(device, args, plan):
         raise ZeroDivisionError("a fault of ours")
 
     with pytest.raises(ZeroDivisionError, match="a fault of ours"):
-        launch.launch(worker, alone())
+        launch.launch(worker, alone(), plan_of(alone()))
 
 
 def test_a_single_process_has_no_group_no_store_and_the_names_of_several():
-    def worker(device, args):
+    def worker(device, args, plan):
         assert not torch.distributed.is_initialized()
         assert threading.active_count() == threads + 1  # the one that watches for signals
         network = torch.nn.Linear(2, 3)
@@ -301,14 +310,14 @@ def test_a_single_process_has_no_group_no_store_and_the_names_of_several():
         assert torch.equal(wrapped(x), network(x))
         assert list(wrapped.state_dict()) == ["module.weight", "module.bias"]
         assert wrapped.module is network
-        seen.append(launch.should_stop())
-        with launch.guarded():
-            launch._watch.asked = 15
-            seen.append(launch.should_stop())
-            launch._watch.asked = 0
+        seen.append(launch.watch.stop_voted())
+        with launch.watch.finish_before_leaving():
+            launch.watch.stop_signal = 15
+            seen.append(launch.watch.stop_voted())
+            launch.watch.stop_signal = 0
 
     seen, threads = [], threading.active_count()
-    launch.launch(worker, alone())
+    launch.launch(worker, alone(), plan_of(alone()))
     assert seen == [False, True]
 
 
@@ -316,9 +325,9 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
     def refuse(*_, **__):
         raise OSError(101, "Network is unreachable")
 
-    monkeypatch.setattr(distributed.socket, "create_connection", refuse)
+    monkeypatch.setattr(rendezvous.socket, "create_connection", refuse)
     with pytest.raises(RunError, match=r"the loopback interface does not work \(Network is unreachable\); .*--nproc 1"):
-        launch.launch(pytest.fail, alone(nproc=2))
+        launch.launch(pytest.fail, alone(nproc=2), plan_of(alone(nproc=2)))
 
 
 @pytest.mark.parametrize(
@@ -330,12 +339,12 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
 )
 def test_nodes_that_do_not_fit_together_are_told_so_all(monkeypatch, second, told):
     store, ends = rendezvous.serve("127.0.0.1", 0, 20), []
-    monkeypatch.setattr(distributed, "_serve", lambda host, port, _: store)
+    monkeypatch.setattr(rendezvous, "serve", lambda host, port, _: store)
 
     def meet(rank, world):
         here = rendezvous.Place(rank, world, 0, 1, "127.0.0.1", store.port, True, hosted=False)
         with pytest.raises(RunError) as caught:
-            rendezvous.meet(alone(dist_timeout=20), here)
+            rendezvous.meet(here, 20)
         ends.append(str(caught.value))
 
     threads = [threading.Thread(target=meet, args=place) for place in ((0, 2), second)]
@@ -348,15 +357,16 @@ def test_nodes_that_do_not_fit_together_are_told_so_all(monkeypatch, second, tol
     assert told in ends[0]
 
 
-def test_words_of_processes_that_a_launcher_started_before_are_not_heard():
+def test_words_of_processes_that_a_launcher_started_before_are_not_heard(monkeypatch):
     store = rendezvous.serve("127.0.0.1", 0, 20)
     prefixes = []
 
     def meet(rank):
         here = rendezvous.Place(rank, 2, rank, 2, "127.0.0.1", store.port, True, hosted=True)
-        prefixes.append(rendezvous.meet(alone(dist_timeout=20), here)[1])
+        prefixes.append(rendezvous.meet(here, 20)[1])
 
-    for _ in range(2):  # first by the ones, then by those that are started again
+    for attempt in range(2):  # first by the ones, then by those that are started again
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         ranks = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
         for thread in ranks:
             thread.start()

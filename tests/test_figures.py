@@ -18,7 +18,7 @@ import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
-from pcl.run.monitor import keep_e_step
+from pcl.run.monitor import save_e_step
 
 
 def run_folder(folder, images, num_clusters):
@@ -26,7 +26,7 @@ def run_folder(folder, images, num_clusters):
     features = F.normalize(torch.randn(len(images), 4), dim=1)
     clusterings = [cluster(features, k, temperature=0.2) for k in num_clusters]
     folder.mkdir()
-    keep_e_step(folder, 2, features, range(len(images)), clusterings, images)
+    save_e_step(folder, 2, features, range(len(images)), clusterings, images)
     records = [{"args": {"images": str(images.root), "warmup_epoch": 2, "arch": "resnet18"}}]
     for epoch in range(3):
         records.append({"epoch": epoch, "step": 1, "loss_instance": 99.0})

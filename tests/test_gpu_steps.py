@@ -11,14 +11,17 @@ from torch import nn
 
 import main_pcl
 from pcl import augment, builder, clustering, loader
-from pcl.run import launch, logs, monitor
-from pcl.run.progress import Begun
+from pcl.run import launch, logs, monitor, report
+from pcl.run.preflight import Plan
+from pcl.run.progress import Progress
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 class Batches:
     """A loader's two batches; what the host waits for in the first is forgotten."""
 
-    sampler, batch_size = SimpleNamespace(skip=0), 4
+    sampler, batch_size = SimpleNamespace(skip=0, set_epoch=lambda epoch: None), 4
 
     def __init__(self, args, witness):
         self.args, self.witness = args, witness
@@ -49,17 +52,17 @@ def clusterings_on(device):
 def two_steps(options, device, monkeypatch):
     """`main_pcl.m_step` with all but its last figures; gives the model and the witness of the second step."""
     args = main_pcl.get_parser().parse_args(["DIR", "--low-dim", "8", "--pcl-r", "64", "--seed", "0", *options.split()])
-    for owner, name in ((logs.StepProgress, "step"), (logs.StepProgress, "close"), (main_pcl, "check_loss")):
+    for owner, name in ((logs.EpochLog, "step"), (logs.EpochLog, "close"), (report, "check_loss")):
         monkeypatch.setattr(owner, name, lambda *_, **__: None)  # they fetch figures now and then
     augment.pixel_statistics.cache_clear()
     with witnessed(device) as witness:
         with torch.device(device):
-            model = main_pcl.make_model(args).to(memory_format=main_pcl.memory_format(args))
+            model = main_pcl.make_model(args).to(memory_format=FORMATS[args.channels_last])
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=True)
-        begun = Begun(0, clusterings=list(clusterings_on(device)))
-        main_pcl.m_step(launch._Alone(model), Batches(args, witness), optimizer, begun, args, None)
+        progress = Progress(0, clusterings=list(clusterings_on(device)))
+        main_pcl.m_step(launch.SingleProcess(model), Batches(args, witness), optimizer, progress, args, Plan(seed=0), None)
     augment.pixel_statistics.cache_clear()
-    assert {figure.device.type for step in begun.meters._waiting for figure in step.values()} == {device}
+    assert {figure.device.type for step in progress.meters._waiting for figure in step.values()} == {device}
     return model, witness
 
 
@@ -72,7 +75,7 @@ def two_steps(options, device, monkeypatch):
     ],
 )
 def test_a_training_step_keeps_to_its_device_and_never_waits(options, monkeypatch):
-    monkeypatch.setattr(main_pcl, "reduced_precision", lambda *_: nullcontext())
+    monkeypatch.setattr(main_pcl, "autocast", lambda *_: nullcontext())
     model, witness = two_steps(options, "meta", monkeypatch)
     assert witness.waits == []
     assert witness.operations < 4000

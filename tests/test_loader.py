@@ -21,7 +21,7 @@ from pcl.augment import GaussianBlur, RecipeView, TwoViews, center_view, crop_vi
 from pcl.checkpoint import save
 from pcl.errors import RunError
 from pcl.images import UnreadableImageError
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, random_numbers_of, share_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader, random_numbers_of
 
 
 def in_group(monkeypatch, rank, world):
@@ -299,7 +299,7 @@ def test_the_e_step_sees_each_image_exactly_once(monkeypatch, world):
     seen = []
     for rank in range(world):
         in_group(monkeypatch, rank, world)
-        seen += share_of_rank(25)
+        seen += indices_of_rank(25)
     assert sorted(seen) == list(range(25))
 
 

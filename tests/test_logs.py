@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pcl.run import logs
-from pcl.run.logs import Meters, RunLog, StepProgress, log, show
+from pcl.run.logs import EpochLog, Meters, RunLog, log, show
 
 
 def test_meters_are_means():
@@ -18,7 +18,7 @@ def test_meters_are_means():
         meters.add(loss=torch.tensor(value, requires_grad=True), acc=torch.tensor(value / 10))
     assert meters.means() == pytest.approx({"loss": 3, "acc": 0.3})
     assert meters.means_over_ranks() == pytest.approx({"loss": 3, "acc": 0.3})
-    meters = Meters.go_on(meters.state_over_ranks())
+    meters = Meters.from_state(meters.state_over_ranks())
     meters.add(loss=torch.tensor(7.0), acc=torch.tensor(0.7, dtype=torch.float64))
     assert meters.means() == pytest.approx({"loss": 4, "acc": 0.4})
     meters.add(loss=torch.tensor(torch.nan), acc=torch.tensor(0.4))
@@ -55,7 +55,7 @@ def records(folder):
 
 def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
     record = RunLog(tmp_path / "new", {"data": tmp_path})
-    progress = StepProgress("epoch 1/2", 5, 8, print_freq=2, record=record, epoch=0)
+    progress = EpochLog("epoch 1/2", 5, 8, print_freq=2, record=record, epoch=0)
     meters = Meters()
     for step in range(1, 6):
         meters.add(loss=torch.tensor(float(step)))
@@ -76,7 +76,7 @@ def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
 
 def test_the_time_that_a_loader_needs_is_told_apart(tmp_path):
     record = RunLog(tmp_path, {}, tmp_path)
-    progress = StepProgress("epoch 1/1", 3, 8, print_freq=9, record=record, epoch=4)
+    progress = EpochLog("epoch 1/1", 3, 8, print_freq=9, record=record, epoch=4)
 
     def slow_loader():
         for batch in "abc":
@@ -100,7 +100,7 @@ def test_only_the_main_process_speaks_and_writes(tmp_path, capsys, monkeypatch):
     record = RunLog(tmp_path / "new", {})
     meters = Meters()
     meters.add(loss=torch.tensor(1.0))
-    progress = StepProgress("epoch", 1, 8, print_freq=1, record=record, epoch=0)
+    progress = EpochLog("epoch", 1, 8, print_freq=1, record=record, epoch=0)
     progress.step(1, meters)
     progress.close(meters)
     log("hello")

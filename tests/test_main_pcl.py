@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ import main_pcl
 from pcl.checkpoint import LAST, load
 from pcl.clustering import Clustering
 from pcl.loader import IndexedFolder
-from pcl.run import inputs, launch
+from pcl.run import inputs, launch, monitor, report
 from pcl.run.logs import Meters, claim
-from pcl.run.progress import Begun, is_whole
+from pcl.run.preflight import Plan
+from pcl.run.progress import Progress
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
 TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
@@ -201,20 +203,21 @@ def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, op
 
     def parsed(*more):
         args = main_pcl.get_parser().parse_args([str(folder), *TINY.split(), *more])
-        args.num_images, args.files = 25, inputs.describe_files(IndexedFolder(folder, str))
-        return args
+        files = inputs.describe_files(IndexedFolder(folder, str))
+        return args, Plan(batch=args.batch_size, seed=args.seed, num_images=25, files=files)
 
     clusterings = [Clustering(torch.zeros(25, dtype=torch.int64), torch.zeros(k, 16), torch.ones(k)) for k in (3, 5)]
-    state = Begun(1, 2, clusterings, Meters.go_on({"steps": 2, "sums": {"loss": 3.0}})).state_over_ranks(parsed())
+    meters = Meters.from_state({"steps": 2, "sums": {"loss": 3.0}})
+    state = Progress(1, 2, clusterings, meters).state_over_ranks(*parsed())
     if options == "other images":
         (folder / "a" / "00.png").write_bytes(b"of another size")
         options = ""
-    args = parsed(*options.split())
-    assert is_whole(state, args)
-    begun = Begun.of_checkpoint(state, torch.device("cpu"), args)
-    assert (begun.epoch, begun.steps, len(begun.clusterings)) == (1, steps, clusters)
+    args, plan = parsed(*options.split())
+    progress = Progress.from_state(state, args, plan)
+    assert (progress.epoch, progress.steps, len(progress.clusterings)) == (1, steps, clusters)
     clusterings[0].prototypes[0, 0] = float("nan")
-    assert is_whole(state, args) == (steps == 0)
+    with pytest.raises(ValueError, match="not finite") if steps else nullcontext():
+        Progress.from_state(state, args, plan)
 
 
 @pytest.mark.slow
@@ -253,8 +256,9 @@ def test_the_advice_about_numbers_that_are_not_finite_fits_the_cause(
     for number in range(20):
         Image.new("RGB", (40, 40)).save(tmp_path / "black" / f"{number}.png")
     args = main_pcl.get_parser().parse_args(["DIR", *TINY.split(), "--exp-dir", str(tmp_path), *options.split()])
-    args.images, args.start_epoch, args.start_step = (tmp_path if place == "black" else image_folder) / place, 1, 0
-    assert main_pcl.remedy(epoch, args, step).startswith(advice)
+    images = (tmp_path if place == "black" else image_folder) / place
+    plan = Plan(images=images, epoch=1, step=0, resume=args.resume or "")
+    assert report.remedy(args, plan, epoch, step).startswith(advice)
 
 
 @pytest.mark.slow
@@ -426,9 +430,9 @@ def test_a_val_without_labels_tells_the_monitor_nothing(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     args = main_pcl.get_parser().parse_args([str(tmp_path), "--image-size", "8"])
-    args.images, args.num_images = tmp_path / "train", 800
-    assert len(main_pcl.val_folder(args)) == 2
-    assert main_pcl.val_loader(args) is None
+    plan = Plan(images=tmp_path / "train", num_images=800)
+    assert len(monitor.val_folder(args, plan)) == 2
+    assert monitor.val_loader(args, plan) is None
 
 
 @pytest.mark.slow
@@ -437,7 +441,7 @@ def test_the_published_command_runs_on_the_cpu(image_folder, tmp_path, capsys):
     options = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url {address} --epochs 1"
     run(image_folder, "--exp-dir", tmp_path / "new", *options.split())
     out = capsys.readouterr().out
-    assert "no GPU; 1 process, talking by gloo" in out
+    assert "no GPU; 1 process\n" in out
     assert "25 images in 2 folders" in out
     assert "batch: 8 images, 8 in each process" in out
     assert (tmp_path / "new" / "checkpoint_0000.pth.tar").exists()
@@ -569,9 +573,9 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
     ],
 )
 def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, options, expected):
-    monkeypatch.setattr(main_pcl, "available_cores", lambda: 8)
+    monkeypatch.setattr(report, "available_cores", lambda: 8)
     args = main_pcl.get_parser().parse_args(["DIR", *options])
-    main_pcl.tell_the_limit({"data_seconds": seconds, "seconds": 10}, args)
+    report.advise({"data_seconds": seconds, "seconds": 10}, args)
     out = capsys.readouterr().out
     assert expected in out
     assert out.count("\n") == 1
@@ -579,14 +583,14 @@ def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, options, expect
 
 def test_moco_alone_needs_no_clusters(image_folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(launch, "launch", lambda worker, args: started.append(args))
+    monkeypatch.setattr(launch, "launch", lambda worker, args, plan: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "--warmup-epoch", "3", "--num-cluster", "25000")
     assert started[0].warmup_epoch == 3
 
 
 def test_one_image_in_a_step_is_enough_where_it_is_large(image_folder, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(launch, "launch", lambda worker, args: started.append(args))
+    monkeypatch.setattr(launch, "launch", lambda worker, args, plan: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "-b", 1, "--image-size", 64)
     assert started[0].batch_size == 1
 

@@ -9,12 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pcl.augment import center_view, normalize
 from pcl.builder import MoCo
-from pcl.checkpoint import load
+from pcl.checkpoint import LAST_E_STEP, load
 from pcl.clustering import Clustering
 from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import leave_one_out_accuracy
 from pcl.run.logs import RunLog
-from pcl.run.monitor import LAST_E_STEP, Monitor, keep_e_step
+from pcl.run.monitor import Monitor, save_e_step
 
 
 def clustering_of(im2cluster, num_cluster):
@@ -42,7 +42,7 @@ def test_it_tells_of_clusters_what_can_be_counted_by_hand(images, record, tmp_pa
     second = [2] * 12 + [0] * 10 + [1] * 8 + [3] * 7  # eight of cluster 1 have left the ten others
     monitor = Monitor(images, None, 1, record)
     features = F.normalize(torch.randn(37, 4), dim=1)
-    monitor.look(4, None, features, range(37), [clustering_of(first, 4)])
+    monitor.measure(4, None, features, range(37), [clustering_of(first, 4)])
     figures = last_record(tmp_path)
     assert figures["epoch"] == 4
     assert figures["clusters_4/empty"] == 1
@@ -53,9 +53,9 @@ def test_it_tells_of_clusters_what_can_be_counted_by_hand(images, record, tmp_pa
     assert figures["knn_train"] == leave_one_out_accuracy(features, torch.from_numpy(images.labels))
     assert "clusters_4/changed" not in figures
 
-    monitor.look(5, None, features, range(37), [clustering_of(second, 4)])
+    monitor.measure(5, None, features, range(37), [clustering_of(second, 4)])
     assert last_record(tmp_path)["clusters_4/changed"] == pytest.approx(8 / 37)
-    monitor.look(6, None, features, range(37), [clustering_of(second, 4)])
+    monitor.measure(6, None, features, range(37), [clustering_of(second, 4)])
     assert last_record(tmp_path)["clusters_4/changed"] == pytest.approx(0)
     assert last_record(tmp_path)["clusters_4/ami_previous"] == pytest.approx(1)
     assert "changed 22 %" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_it_tells_of_clusters_what_can_be_counted_by_hand(images, record, tmp_pa
 def test_the_backbone_is_seen_on_the_validation_images(images, six_classes, record, tmp_path):
     val = IndexedFolder(six_classes / "val", center_view(32))
     model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=4, r=8).eval()
-    Monitor(images, make_loader(val, range(len(val)), 7, 0), 1, record).look(0, model, torch.randn(37, 4), range(37), [])
+    Monitor(images, make_loader(val, range(len(val)), 7, 0), 1, record).measure(0, model, torch.randn(37, 4), range(37), [])
     backbone = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
     backbone.load_state_dict(model.encoder_q.state_dict())
     backbone.fc = torch.nn.Identity()
@@ -83,7 +83,7 @@ def test_without_labels_it_tells_of_clusters_alone(six_classes, record, tmp_path
     images = IndexedFolder(six_classes / "train" / "class 0", center_view(32))
     monitor = Monitor(images, None, 1, record)
     assert not monitor.is_due(0)
-    monitor.look(0, None, torch.randn(6, 4), range(6), [clustering_of([0, 0, 1, 1, 2, 2], 3)])
+    monitor.measure(0, None, torch.randn(6, 4), range(6), [clustering_of([0, 0, 1, 1, 2, 2], 3)])
     figures = last_record(tmp_path)
     assert figures["clusters_3/empty"] == 0
     assert not {"knn_train", "knn_val", "clusters_3/ami"} & figures.keys()
@@ -101,7 +101,7 @@ def test_it_is_due_in_warm_up_every_so_often(images, record, tmp_path):
 def test_the_last_e_step_is_kept(images, tmp_path):
     features = F.normalize(torch.randn(37, 4), dim=1)
     clustering = clustering_of(np.arange(37) % 3, 3)
-    keep_e_step(tmp_path, 7, features, range(37), [clustering], images)
+    save_e_step(tmp_path, 7, features, range(37), [clustering], images)
     state = load(tmp_path / LAST_E_STEP)
     assert (state["epoch"], state["classes"]) == (7, images.classes)
     assert torch.equal(state["features"], features)
@@ -114,9 +114,9 @@ def test_with_sharded_features_the_main_process_looks_at_its_own(images, record,
     features = F.normalize(torch.randn(37, 4), dim=1)
     clustering = clustering_of(np.arange(37) % 3, 3)
     seen = range(1, 37, 2)
-    Monitor(images, None, 1, record).look(0, None, features[1::2], seen, [clustering])
+    Monitor(images, None, 1, record).measure(0, None, features[1::2], seen, [clustering])
     assert last_record(tmp_path)["knn_train"] == leave_one_out_accuracy(features[1::2], torch.from_numpy(images.labels[1::2]))
-    keep_e_step(tmp_path, 0, features[1::2], seen, [clustering], images)
+    save_e_step(tmp_path, 0, features[1::2], seen, [clustering], images)
     state = load(tmp_path / LAST_E_STEP)
     assert state["seen"].tolist() == list(seen)
     whole = (features * clustering.prototypes[clustering.im2cluster]).sum(dim=1)
@@ -128,8 +128,8 @@ def test_features_on_a_gpu_give_the_same_figures(images, record, tmp_path):
     features = F.normalize(torch.randn(37, 4), dim=1)
     clustering = clustering_of(np.arange(37) % 3, 3)
     for device in ("cpu", "cuda"):
-        Monitor(images, None, 1, record).look(0, None, features.to(device), range(37), [clustering.to(device)])
-        keep_e_step(tmp_path, 0, features.to(device), range(37), [clustering.to(device)], images)
+        Monitor(images, None, 1, record).measure(0, None, features.to(device), range(37), [clustering.to(device)])
+        save_e_step(tmp_path, 0, features.to(device), range(37), [clustering.to(device)], images)
     *_, on_cpu, on_gpu = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {k: v for k, v in on_gpu.items() if "time" not in k and "seconds" not in k} == pytest.approx(
         {k: v for k, v in on_cpu.items() if "time" not in k and "seconds" not in k}

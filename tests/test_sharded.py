@@ -117,7 +117,7 @@ def test_where_faiss_cannot_use_the_gpu_products_find_as_good_clusters(monkeypat
     assert objective() == pytest.approx(expected, rel=1e-3)
 
 
-def cluster_share(device, args):
+def cluster_share(device, args, plan):
     features = unit_rows(301, 8)[get_rank() :: get_world_size()]  # two ranks do not divide them
     (clustering,) = cluster_all_sharded(features, 301, [15], 0.2)
     objective, _ = kmeans_sharded(features, 301, 15, seed=1)

@@ -12,11 +12,11 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same, free_port, run_script, save_result, weights, write_voc_shaped
+from conftest import ROOT, assert_same, free_port, plan_of, run_script, save_result, weights, write_voc_shaped
 from PIL import Image
 
 import main_pcl
-from pcl import distributed, terminal
+from pcl import terminal
 from pcl.checkpoint import LAST, load
 from pcl.distributed import get_rank
 from pcl.errors import INTERRUPTED, PREEMPTED, RunError
@@ -117,7 +117,7 @@ def test_a_signal_while_processes_start_has_its_code_too(images, tmp_path, numbe
     assert (ended, "Traceback" in out) == (code, False), out
 
 
-def freeze_for_a_while(device, args):
+def freeze_for_a_while(device, args, plan):
     if get_rank() == 0:
         subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 7; kill -CONT {os.getpid()}"])
     time.sleep(11)
@@ -147,14 +147,14 @@ def test_a_process_that_is_killed_takes_the_others_with_it(images, tmp_path, vic
     assert not list(run.exp_dir.glob("checkpoint_0*"))  # nothing that could be taken for a finished epoch
 
 
-def fall_silent(device, args):
-    launch._watch._silence = 4
+def fall_silent(device, args, plan):
+    launch.watch._silence = 4
     if get_rank() == args.silent:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
 
 
-def fail_alone(device, args):
+def fail_alone(device, args, plan):
     if get_rank() == 1:
         raise RunError("the sky is falling")
     torch.distributed.all_reduce(torch.zeros(1))
@@ -170,7 +170,7 @@ def fail_alone(device, args):
     ],
 )
 def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, monkeypatch, worker, silent, reason):
-    monkeypatch.setattr(distributed, "LEAVE", 4)
+    monkeypatch.setattr(launch, "LEAVE", 4)
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         two_ranks(worker, silent=silent)
@@ -192,25 +192,31 @@ def test_a_port_in_use_and_a_node_that_stays_away_are_one_line():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=rf"--dist-url tcp://127.0.0.1:{port}: the port is in use; name another one"):
-            launch.launch(pytest.fail, meeting(world_size=2, dist_url=f"tcp://127.0.0.1:{port}"))
+            launch.launch(
+                pytest.fail,
+                meeting(world_size=2, dist_url=f"tcp://127.0.0.1:{port}"),
+                plan_of(meeting(world_size=2, dist_url=f"tcp://127.0.0.1:{port}")),
+            )
     url = f"tcp://127.0.0.1:{free_port()}"
     with pytest.raises(RunError, match=r"1 of 2 processes came within 2 s \(--dist-timeout\); start every node"):
-        launch.launch(pytest.fail, meeting(world_size=2, dist_url=url))
+        launch.launch(pytest.fail, meeting(world_size=2, dist_url=url), plan_of(meeting(world_size=2, dist_url=url)))
     with pytest.raises(RunError, match="process 0 did not answer within 2 s"):
-        launch.launch(pytest.fail, meeting(world_size=2, rank=1, dist_url=url))
+        launch.launch(
+            pytest.fail, meeting(world_size=2, rank=1, dist_url=url), plan_of(meeting(world_size=2, rank=1, dist_url=url))
+        )
 
 
 def test_signals_are_handled_as_before_once_the_watch_is_closed():
     before = {number: signal.getsignal(number) for number in terminal.SIGNALS}
-    watching = watch.Watch()
+    watching = watch.Watch().start()
     assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
-    with watching.guarded():
+    with watching.finish_before_leaving():
         os.kill(os.getpid(), signal.SIGUSR1)
         end = time.monotonic() + 10
-        while not watching.asked:
+        while not watching.stop_signal:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert watching.exit_code == PREEMPTED
+        assert watching._exit_code == PREEMPTED
         watching.close()
     assert {number: signal.getsignal(number) for number in terminal.SIGNALS} == before
 
@@ -218,7 +224,7 @@ def test_signals_are_handled_as_before_once_the_watch_is_closed():
 LOADS = """
 import multiprocessing, signal, sys, time
 from pcl.loader import make_loader
-from pcl.watch import SIGNALS
+from pcl.terminal import SIGNALS
 
 class Slow:
     def __len__(self):

@@ -1,10 +1,11 @@
-"""Folders, the backbone."""
+"""What a run is given: folders of images, the backbone to evaluate."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ from joblib import Parallel, delayed
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at
-from pcl.distributed import available_cores, is_main, same_on_all
+from pcl.distributed import available_cores, equal_on_all_ranks, is_main
 from pcl.errors import INTERRUPTED, RunError
 from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
 from pcl.networks import backbone, no_small_stem, takes_small_stem
 from pcl.run.logs import log, track
 from pcl.run.options import Parser
-from pcl.run.rendezvous import launched_outside
+from pcl.run.rendezvous import Place
 
 UNREADABLE = "unreadable.txt"
 LISTED = 20  # unreadable images that are shown; the file has all
@@ -47,9 +48,8 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
         remedy = f"put them into {root}/<class>/, which names their label"
         if Path(images.path(0)).name.startswith("ILSVRC2012_"):
             archives = f"ILSVRC2012_img_{split}.tar and ILSVRC2012_devkit_t12.tar.gz"
-            remedy += (
-                f"; torchvision.datasets.ImageNet({str(data)!r}, {split!r}) does so from {archives} in it, without {split}/"
-            )
+            call = f"torchvision.datasets.ImageNet({str(data)!r}, {split!r})"
+            remedy += f"; {call} does so from {archives} in it, without {split}/"
         parser.error(f"DIR {data}: images lie in {root} itself; {remedy}")
     return images
 
@@ -68,7 +68,7 @@ def _remedy_for(data: Path, split: str, labelled: bool) -> str:
 
 
 def _nearest_with(split: str, folders: list[str]) -> str | None:
-    """Of the folders and those below, the nearest in which `split` holds images; not of very many.
+    """The nearest of the folders and those below in which `split` holds images; not among very many.
 
     Deeper ones (ImageNet lies in ILSVRC/Data/CLS-LOC) need val beside it, lest it be a class of that name.
     """
@@ -83,38 +83,34 @@ def _nearest_with(split: str, folders: list[str]) -> str | None:
     return None
 
 
-def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: IndexedFolder) -> list[IndexedFolder]:
-    """What is left of each folder without the images that cannot be read, if --skip-unreadable asks for that.
-
-    Lists them, and keeps paths and reasons in `args.unreadable`; stops if nothing is left.
-    """
+def leave_out_unreadable(
+    parser: Parser, args: Namespace, place: Place, *folders: IndexedFolder
+) -> tuple[list[IndexedFolder], dict[str, str]]:
+    """The folders without the images that cannot be read, and those with reasons, if --skip-unreadable asks for that."""
     if not args.skip_unreadable:
-        return list(folders)
+        return list(folders), {}
     paths = [images.path(i) for images in folders for i in range(len(images))]
-    # Under an outside launcher each process of a node is here.
-    outside = launched_outside(args)
-    threads = max(1, available_cores() // (outside.local_world if outside else 1))
+    # Under a launcher each process of a node is here; there is no group yet to know the main process.
+    threads = max(1, available_cores() // (1 if place.spawns else place.local_world))
     reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
-    tells = (outside or args).rank == 0  # there is no group yet to know the main process
-    reasons = track(reading, "reading every image", len(paths)) if tells else reading
+    reasons = track(reading, "reading every image", len(paths)) if place.rank == 0 else reading
     try:
-        args.unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+        unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, "\nstopped before anything was written; without --skip-unreadable images are not read first\n")
-    if tells:
-        log(f"unreadable and left out: {len(args.unreadable)} of {len(paths)} images")
-        for path, reason in list(args.unreadable.items())[:LISTED]:
+    if place.rank == 0:
+        log(f"unreadable and left out: {len(unreadable)} of {len(paths)} images")
+        for path, reason in list(unreadable.items())[:LISTED]:
             log(f"  {path}: {reason}")
-        if len(args.unreadable) > LISTED:
-            log(f"  and {len(args.unreadable) - LISTED} more; {UNREADABLE} beside the checkpoints will name all")
-    kept = [
-        images.subset(np.array([i for i in range(len(images)) if images.path(i) not in args.unreadable], dtype=int))
-        for images in folders
-    ]
-    for images, before in zip(kept, folders, strict=True):
-        if not len(images):
-            parser.error(f"DIR {args.data}: none of the {len(before)} images of {before.root} can be read")
-    return kept
+        if len(unreadable) > LISTED:
+            log(f"  and {len(unreadable) - LISTED} more; {UNREADABLE} beside the checkpoints will name all")
+    kept = []
+    for images in folders:
+        readable = [i for i in range(len(images)) if images.path(i) not in unreadable]
+        if not readable:
+            parser.error(f"DIR {args.data}: none of the {len(images)} images of {images.root} can be read")
+        kept.append(images.subset(np.array(readable)))
+    return kept, unreadable
 
 
 def describe_files(*folders: IndexedFolder) -> str:
@@ -122,26 +118,22 @@ def describe_files(*folders: IndexedFolder) -> str:
     return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
 
 
-def keep_unreadable(folder: Path, args: argparse.Namespace) -> None:
+def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
     """Write the list of images that are left out into the experiment's folder, a path and the reason in each line."""
-    if is_main() and args.unreadable:
-        lines = [f"{path}\t{reason}\n" for path, reason in args.unreadable.items()]
+    if is_main() and unreadable:
+        lines = [f"{path}\t{reason}\n" for path, reason in unreadable.items()]
         (folder / UNREADABLE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def check_same_images(images: IndexedFolder) -> None:
-    """Stop unless all processes, on all nodes, have found the same images; every rank must call it.
-
-    Raises:
-        RunError: they have not.
-    """
-    if not same_on_all(images.digest()):
+    """RunError unless all processes, on all nodes, found the same images; every rank must call it."""
+    if not equal_on_all_ranks(images.digest()):
         raise RunError(
             f"the processes found different images in {images.root}; give every node the same files, and start again"
         )
 
 
-def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
+def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:
     """The network that the options name, without its head, in eval mode; and what it is, for the results.
 
     Raises:
@@ -168,7 +160,7 @@ def open_backbone(args: argparse.Namespace) -> tuple[nn.Module, dict[str, str]]:
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
 
 
-def note_image_size(args: argparse.Namespace) -> None:
+def note_image_size(args: Namespace) -> None:
     """Say so if the backbone is evaluated at another size than it was trained at."""
     trained = trained_at(args.pretrained) if args.pretrained else None
     if trained not in (None, args.image_size):

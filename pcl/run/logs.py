@@ -1,4 +1,4 @@
-"""What a run tells: meters, a progress bar or lines, and EXP_DIR/log.jsonl with a JSON line for each record."""
+"""What a run tells: meters, a progress bar or lines, and log.jsonl with a JSON line for each record."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pcl import clustering
 from pcl.distributed import available_cores, get_world_size, is_main, mean_over_ranks
 from pcl.errors import RunError
 from pcl.terminal import tell
@@ -44,47 +45,49 @@ class Meters:
         self._waiting: list[dict[str, Tensor]] = []  # of the last steps
 
     @classmethod
-    def go_on(cls, state: dict[str, Any]) -> Meters:
-        """The meters of which `state_over_ranks` told."""
+    def from_state(cls, state: dict[str, Any]) -> Meters:
+        """Restore meters from `state_over_ranks`."""
         meters = cls()
         meters.steps = meters._finite = state["steps"]
-        meters._sums = dict(state["sums"])
+        meters._sums = {name: 0.0 + total for name, total in state["sums"].items()}
+        if type(meters.steps) is not int or meters.steps < 1:
+            raise ValueError("meters of no step")
         return meters
 
-    def add(self, **figures: Tensor) -> None:
+    def add(self, **values: Tensor) -> None:
         """Add a scalar for each name, the same names at each step."""
-        self._waiting.append({name: figure.detach() for name, figure in figures.items()})
+        self._waiting.append({name: value.detach() for name, value in values.items()})
         self.steps += 1
         if len(self._waiting) == 1000:  # enough memory for scalars
             self._add_up()
 
     def _add_up(self) -> None:
         if self._waiting:
-            figures = torch.stack([figure for step in self._waiting for figure in step.values()])
-            for row in figures.view(len(self._waiting), -1).tolist():
-                for name, figure in zip(self._waiting[0], row, strict=True):
-                    self._sums[name] = self._sums.get(name, 0.0) + figure
+            values = torch.stack([value for step in self._waiting for value in step.values()])
+            for row in values.view(len(self._waiting), -1).tolist():
+                for name, value in zip(self._waiting[0], row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + value
                 self._finite += all(map(math.isfinite, row))
             self._waiting = []
 
     @property
     def finite_steps(self) -> int:
-        """Steps all of whose figures were finite numbers (waits for the device)."""
+        """Steps in which all values were finite numbers (waits for the device)."""
         self._add_up()
         return self._finite
 
     def means(self) -> dict[str, float]:
-        """The mean of each figure since the start (waits for the device)."""
+        """The mean of each value since the start (waits for the device)."""
         self._add_up()
         return {name: total / self.steps for name, total in self._sums.items()}
 
     def means_over_ranks(self) -> dict[str, float]:
-        """The same over all ranks; every rank must call it."""
+        """`means` over all ranks; every rank must call it."""
         means = self.means()
         return dict(zip(means, mean_over_ranks(list(means.values())), strict=True))
 
     def state_over_ranks(self) -> dict[str, Any]:
-        """Plain numbers from which `go_on` continues; every rank must call it."""
+        """Plain numbers for `from_state`; every rank must call it."""
         sums = {name: mean * self.steps for name, mean in self.means_over_ranks().items()}
         return {"steps": self.steps, "sums": sums}
 
@@ -92,10 +95,8 @@ class Meters:
 def claim(folder: Path) -> Any:
     """Keep other runs out of an experiment's folder for as long as the returned file is open and this process lives.
 
-    The lock of a process that was killed is gone with it; `PATIENCE` is had with one that is about to end.
-
     Raises:
-        RunError: another run has it.
+        RunError: another run has it, and does not end within `PATIENCE`.
     """
     file, end = (folder / ".lock").open("a"), time.monotonic() + PATIENCE
     while True:
@@ -119,8 +120,8 @@ class RunLog:
     Args:
         folder: made if need be.
         args: of the run.
-        board: folder of TensorBoard's files, which also show what `figures` is given.
-        check: called as soon as no other run can write into the folder, before this one does: another may have come first.
+        board: folder of TensorBoard's files, which also show what `metrics` is given.
+        check: called once no other run can write into the folder, before this one does: another may have come first.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = claim(folder)
             check()
-            _end_last_line(self.path)
+            if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a killed process left half a line
+                with self.path.open("a") as file:
+                    file.write("\n")
         self.board = TensorBoard(board) if board else None
         self.write(command=[sys.executable, *sys.argv], args=args, machine=describe_machine(), versions=versions())
 
@@ -144,18 +147,11 @@ class RunLog:
             except OSError as error:  # a line of the log is not worth a run
                 log(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on")
 
-    def figures(self, epoch: int, **figures: float) -> None:
-        """Append an epoch's figures (from 0), and show them in TensorBoard."""
-        self.write(epoch=epoch, **figures)
+    def metrics(self, epoch: int, **values: float) -> None:
+        """Append an epoch's values (from 0), and show them in TensorBoard."""
+        self.write(epoch=epoch, **values)
         if self.board:
-            self.board.write(epoch, **figures)
-
-
-def _end_last_line(path: Path) -> None:
-    """A process that was killed may have left half a line, which is not to spoil the next one."""
-    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
+            self.board.write(epoch, **values)
 
 
 class TensorBoard:
@@ -173,10 +169,10 @@ class TensorBoard:
                 (made,) = Path(apart).iterdir()
                 made.rename(folder / f"{made.name}.{uuid.uuid4().hex[:8]}")
 
-    def write(self, epoch: int, **figures: float) -> None:
-        """Add a point to the curve of each figure."""
+    def write(self, epoch: int, **values: float) -> None:
+        """Add a point to the curve of each value."""
         if self._logger:
-            for name, value in figures.items():
+            for name, value in values.items():
                 self._logger.log_value(name, value, epoch)
 
     def histogram(self, epoch: int, **values: np.ndarray) -> None:
@@ -186,8 +182,9 @@ class TensorBoard:
                 self._logger.log_histogram(name, numbers, epoch)
 
 
-def track(items: Iterable, label: str, total: int) -> Iterator:
-    """The items, behind a bar on the main process's terminal; without a terminal a line a minute."""
+def track(items: Any, label: str, total: int | None = None) -> Iterator:
+    """The items, behind a bar on the main process's terminal; without a terminal a line a minute. `total`: by default len."""
+    total = len(items) if total is None else total
     bar = tqdm(items, label, total, leave=False, disable=None if is_main() else True)
     told = time.monotonic()
     for done, item in enumerate(bar, start=1):
@@ -197,7 +194,7 @@ def track(items: Iterable, label: str, total: int) -> Iterator:
             log(f"{label}  {done}/{total}")
 
 
-class StepProgress:
+class EpochLog:
     """Progress over the steps of an epoch: a bar on a terminal, elsewhere a line every `print_freq` steps.
 
     Args:
@@ -216,11 +213,11 @@ class StepProgress:
         self.label, self.steps, self.images, self.print_freq = label, steps, images, print_freq
         self.record, self.epoch, self.first = record, epoch, first
         self.bar = tqdm(total=steps, initial=first, desc=label, leave=False, disable=None if is_main() else True)
-        self.start = time.monotonic()
-        self.shown, self.waited = self.start, 0.0
+        self.start = self.shown = time.monotonic()
+        self.waited = 0.0
 
     def batches(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
-        """(1, first batch), (2, second batch), .. but for those done before; the time that the loader needs is noted."""
+        """(1, first batch), (2, second batch) and so on, without those done before; notes the time that the loader needs."""
         batches, number = iter(loader), self.first
         while True:
             start = time.monotonic()
@@ -234,43 +231,39 @@ class StepProgress:
     def step(self, done: int, meters: Meters) -> None:
         """Tell of `done` steps, if it is time to."""
         self.bar.update()
-        if not is_main():
-            return
         now, due = time.monotonic(), done % self.print_freq == 0
-        if not due and (self.bar.disable or now - self.shown < 1):
+        if not is_main() or (not due and (self.bar.disable or now - self.shown < 1)):
             return
-        self.shown, means = now, meters.means()
-        rate = (done - self.first) * self.images / (now - self.start)
+        self.shown, means, seconds = now, meters.means(), now - self.start
+        rate = (done - self.first) * self.images / seconds
         self.bar.set_postfix_str(f"{show(means)}, {rate:.0f} images/s")
         if due:
-            shares = {"data_seconds": self.waited, "compute_seconds": now - self.start - self.waited}
-            self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **shares, **means)
-            if self.bar.disable:
-                left = (self.steps - done) * self.images / rate
-                waiting = f"{self.waited / (now - self.start):.0%} waiting for data"
-                log(
-                    f"{self.label}  step {done}/{self.steps}  {show(means)}  {rate:.0f} images/s ({waiting})  {left:.0f} s left"
-                )
+            times = {"data_seconds": self.waited, "compute_seconds": seconds - self.waited}
+            self.record.write(epoch=self.epoch, step=done, images_per_second=rate, **times, **means)
+        if due and self.bar.disable:
+            speed = f"{rate:.0f} images/s ({self.waited / seconds:.0%} waiting for data)"
+            left = (self.steps - done) * self.images / rate
+            log(f"{self.label}  step {done}/{self.steps}  {show(means)}  {speed}  {left:.0f} s left")
 
     def close(self, meters: Meters, **more: float) -> dict[str, float]:
-        """End the epoch: its means over all ranks, with `more`, are printed and recorded. Every rank must call it."""
+        """End the epoch: print and record its means over all ranks, with `more`. Every rank must call it."""
         self.bar.close()
         seconds = time.monotonic() - self.start
         means = meters.means_over_ranks()
         rate = (self.steps - self.first) * self.images / seconds
-        shares = {"data_seconds": self.waited, "compute_seconds": seconds - self.waited, "seconds": seconds}
-        record = {**means, **more, "images_per_second": rate, **shares}
-        self.record.figures(self.epoch, **record)
+        times = {"data_seconds": self.waited, "compute_seconds": seconds - self.waited, "seconds": seconds}
+        record = {**means, **more, "images_per_second": rate, **times}
+        self.record.metrics(self.epoch, **record)
         log(f"{self.label}  {show(means)}  {rate:.0f} images/s  {seconds:.0f} s")
         return record
 
 
-def write_result(path: Path | None, args: dict[str, Any], **figures: Any) -> None:
-    """Write an evaluation's settings, versions and figures as JSON, from the main process; nothing without a path."""
+def write_result(path: Path | None, args: dict[str, Any], **results: Any) -> None:
+    """Write an evaluation's settings, versions and results as JSON, from the main process; nothing without a path."""
     if path and is_main():
         settings = {name: str(value) for name, value in args.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": settings, "versions": versions(), **figures}, indent=1) + "\n")
+        path.write_text(json.dumps({"settings": settings, "versions": versions(), **results}, indent=1) + "\n")
 
 
 def show(means: dict[str, float]) -> str:
@@ -285,15 +278,13 @@ def show(means: dict[str, float]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that the figures depend on."""
-    names = ["torch", "torchvision", "numpy"]
-    import faiss
-
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "faiss": faiss.__version__}
+    """Of Python and the packages that the results depend on."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"python": platform.python_version(), **packages, "faiss": clustering.faiss.__version__}
 
 
 def describe_machine() -> str:
-    """Processor and accelerators of this machine, the number of processes, in one line."""
+    """Processor, accelerators and the number of processes, in one line."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus)) or "no GPU"
     where = f"{platform.system()} {platform.machine()}, {available_cores()} of {os.cpu_count()} CPU cores, {names}"

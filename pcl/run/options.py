@@ -1,4 +1,4 @@
-"""Options and checks that the scripts share. A check that fails is one line on stderr and exit code 2."""
+"""The command lines: a parser, types of numbers and paths, the groups of options that scripts share, the learning rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,24 +17,11 @@ import torch
 
 from pcl.distributed import available_cores
 from pcl.networks import architectures
-from pcl.run.logs import log
-from pcl.run.rendezvous import local_processes, total_processes
 from pcl.terminal import printable
 
-# Options that change neither what a run learns nor how; all others are compared when it is resumed.
-INDIFFERENT = {
-    "data", "images", "num_images", "unreadable", "skip_unreadable", "workers", "print_freq", "resume", "automatic",
-    "start_epoch", "start_step", "deterministic", "arch", "small_stem", "pretrained", "random_init", "pixels", "nproc", "gpu",
-    "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout", "multiprocessing_distributed", "exp_dir",
-    "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id", "output",
-}  # fmt: skip
-
-LARGEST = 2**31 - 1  # what every library below takes as an integer
-LARGEST_NUMBER = 1e30  # far within float32
 LARGEST_BATCH = 2**20
 LARGEST_SIDE = 2**13  # pixels
 MOST_PROCESSES = 2**10  # on one machine
-MOST_NODES = 2**16
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
-            if match := re.fullmatch("(--[^=]+=|-[a-z]=?)--", word):  # which argparse before Python 3.13 takes for no value
+            if match := re.fullmatch("(--[^=]+=|-[a-z]=?)--", word):  # argparse before Python 3.13 takes that for no value
                 self.error(f"argument {match[1].rstrip('=')}: '--' is no value")
         return super().parse_known_args(words, namespace)
 
@@ -58,19 +47,75 @@ class Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == "":
-            return action.help
-        return super()._get_help_string(action)
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
-def add_training_arguments(
+def _number(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of an integer from `least` to `most`."""
+    return _number(int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
+
+
+natural, positive = integer(0), integer(1)
+seed = integer(0, 2**32 - 1)  # the range that all libraries take
+# 1e30 is far within float32.
+positive_float = _number(float, lambda value: 0 < value <= 1e30, "a number above 0, at most 1e+30")
+nonnegative_float = _number(float, lambda value: 0 <= value <= 1e30, "a number from 0 to 1e+30")
+percentage = _number(float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+seconds = _number(float, lambda value: 1 <= value <= 2592000, "a number of seconds from 1 to 2592000")
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a list such as "3,4", in which nothing stands twice."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise ArgumentTypeError(f"{text}: a number stands there twice")
+        return values
+
+    return parse
+
+
+integers = several(positive)
+
+
+def path(text: str) -> Path:
+    """A path under which something is, or could be made."""
+    return Path(reachable(text))
+
+
+def reachable(text: str) -> str:
+    """`path` as it was written: not an empty one, which an unset variable of a shell gives, nor one below a file."""
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        if not text:
+            raise ArgumentTypeError("the path is empty") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or what no file's name can hold
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentTypeError(f"{text!r} cannot be a path: {reason}") from None
+    return text
+
+
+# fmt: off
+def add_training(
     parser: Parser, *, epochs: int, batch_size: int, lr: float, schedule: Sequence[int], wd: float, print_freq: int
 ) -> None:
     """The options of any run of SGD, with this script's defaults."""
-    # fmt: off
     group = parser.add_argument_group("training")
     group.add_argument("-j", "--workers", type=integer(0, MOST_PROCESSES), default=available_cores(), metavar="N",
-                       help="loader processes, a total over this node's processes; 0 loads in those themselves")
+                       help="loader processes, a total over this node's training processes; 0 loads in those themselves")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
     group.add_argument("-b", "--batch-size", type=integer(1, LARGEST_BATCH), default=batch_size, metavar="N",
@@ -79,26 +124,22 @@ def add_training_arguments(
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
                        help="epochs at which the learning rate falls to a tenth")
     group.add_argument("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD")
-    group.add_argument(
-        "--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD", help="weight decay"
-    )
+    group.add_argument("--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD",
+                       help="weight decay")
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
     group.add_argument("--resume", type=reachable, metavar="PATH",
                        help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
     group.add_argument("--skip-unreadable", action="store_true",
                        help="read every image first; list those that cannot be read, and leave them out")
-    # fmt: on
-    parser.set_defaults(unreadable={})  # what --skip-unreadable leaves out, path and reason
 
 
-def add_launch_arguments(parser: Parser) -> None:
+def add_launch(parser: Parser) -> None:
     """The options that say which processes, on which machines, train together."""
-    # fmt: off
     group = parser.add_argument_group("processes")
     group.add_argument("--nproc", type=integer(1, MOST_PROCESSES), metavar="N",
                        help="training processes on this machine; by default one for each GPU, or one on the CPU")
     group.add_argument("--gpu", type=natural, metavar="N", help="train on this GPU alone")
-    group.add_argument("--world-size", type=integer(1, MOST_NODES), default=1, metavar="N", help="number of nodes (machines)")
+    group.add_argument("--world-size", type=integer(1, 2**16), default=1, metavar="N", help="number of nodes (machines)")
     group.add_argument("--rank", type=natural, default=0, metavar="N", help="number of this node, from 0")
     group.add_argument("--dist-url", metavar="URL",
                        help="tcp://HOST:PORT of node 0, the same on every node; one node needs none")
@@ -106,16 +147,59 @@ def add_launch_arguments(parser: Parser) -> None:
     group.add_argument("--dist-timeout", type=seconds, default=1800.0, metavar="SECONDS",
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
-    # What torch.distributed.launch adds; it sets LOCAL_RANK too.
+    # torch.distributed.launch adds it; it sets LOCAL_RANK too.
     group.add_argument("--local-rank", "--local_rank", type=natural, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group.add_argument("--seed", type=seed, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
-    # fmt: on
 
 
-def add_backbone_arguments(parser: Parser) -> None:
+def add_speed(parser: Parser) -> None:
+    """The options of pre-training that make it faster."""
+    group = parser.add_argument_group("speed")
+    group.add_argument("--augment-on", choices=["workers", "device"], default="workers",
+                       help="device: loader workers only decode and crop; colors and blur follow on whole batches")
+    group.add_argument("--amp", choices=["off", "bf16"], default="off", help="features in bfloat16: faster on new GPUs")
+    group.add_argument("--channels-last", action="store_true", help="another layout of images and weights: faster with --amp")
+    group.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
+                       help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
+                       "sharded leaves features on their rank, for very many images")
+    group.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
+
+
+def add_small_data(parser: Parser) -> None:
+    """The options of pre-training that change the mathematics."""
+    group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
+    group.add_argument("--small-stem", action="store_true",
+                       help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
+    group.add_argument("--bn-splits", type=positive, default=1, metavar="S",
+                       help="BatchNorm statistics over each of S groups of a process's batch, as over S GPUs")
+    group.add_argument("--mask-duplicates", action="store_true",
+                       help="an image's own prototype is no negative of it where it is another image's of the batch too")
+    group.add_argument("--kmeans-every", type=positive, default=1, metavar="E",
+                       help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
+    group.add_argument("--proto-weight", type=nonnegative_float, default=1.0, metavar="W",
+                       help="weight of the prototype term beside InfoNCE")
+
+
+def add_files(parser: Parser) -> None:
+    """The options that say what pre-training writes, and when."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--exp-dir", type=path, default=Path("experiment_pcl"), metavar="DIR",
+                       help="checkpoints, log.jsonl, TensorBoard's files and figures")
+    group.add_argument("--save-freq", type=positive, default=5, metavar="N",
+                       help="epochs between two checkpoints that are kept; the last epoch is always kept")
+    group.add_argument("--save-steps", type=natural, default=1000, metavar="N",
+                       help="steps between two saves into checkpoint_last.pth.tar, also rewritten after each epoch; 0 none")
+    group.add_argument("--keep", type=natural, default=0, metavar="N",
+                       help="remove kept checkpoints except the newest N; 0 keeps all")
+    group.add_argument("--keep-every", type=natural, default=0, metavar="N",
+                       help="with --keep, spare those of every N-th epoch")
+    group.add_argument("--monitor-freq", type=natural, default=10, metavar="N",
+                       help="measure whether it learns after each E-step and every N epochs of warm-up; 0: never, no pictures")
+
+
+def add_backbone(parser: Parser) -> None:
     """The options that name the frozen network that a script evaluates."""
-    # fmt: off
     group = parser.add_argument_group("backbone")
     group.add_argument("--pretrained", type=reachable, metavar="FILE",
                        help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
@@ -127,39 +211,12 @@ def add_backbone_arguments(parser: Parser) -> None:
                        help="random weights with the stem of main_pcl.py --small-stem; a file tells by itself")
     group.add_argument("--image-size", type=integer(1, LARGEST_SIDE), default=224, metavar="PIXELS",
                        help="side of the center crop, which comes from 8/7 of it")
-    # fmt: on
 
 
-def settings(args: argparse.Namespace) -> dict[str, str]:
-    """The options that change what is learnt, as a checkpoint keeps them in its field "args"."""
-    return {name: str(value) for name, value in vars(args).items() if name not in INDIFFERENT}
-
-
-def note_changes(state: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """Say which of the settings are not those of the run that wrote a checkpoint."""
-    before = state.get("args")
-    if not isinstance(before, dict):  # the published program keeps none
-        return
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            option = name if name in ("files", "processes") else f"--{name.replace('_', '-')}"
-            log(f"note: {option} {value}, before {before[name]}")
-
-
-def add_output_argument(parser: Parser) -> None:
+def add_output(parser: Parser) -> None:
     """Where an evaluation keeps its result (`pcl.run.logs.write_result`)."""
-    parser.add_argument("--output", type=path, metavar="FILE.json", help="keep settings and every figure")
-
-
-def global_batch(args: argparse.Namespace) -> int:
-    """Images in a step over all ranks."""
-    return args.batch_size // local_processes(args) * total_processes(args)
-
-
-def batch_and_workers(args: argparse.Namespace) -> tuple[int, int]:
-    """What one process has of its node's batch and loader processes."""
-    nproc = local_processes(args)
-    return args.batch_size // nproc, -(-args.workers // nproc)
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results")
+# fmt: on
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> float:
@@ -175,93 +232,3 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     if getattr(args, "cos", False):
         return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
-
-
-def integers(text: str) -> list[int]:
-    """ "3,4" -> [3, 4], each positive and given once."""
-    return _several(text, positive)
-
-
-def costs(text: str) -> list[float]:
-    """ "0.5,1" -> [0.5, 1.0], each positive and given once."""
-    return _several(text, positive_float)
-
-
-def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:
-    """The type of an integer from `least` to `most`."""
-    return lambda text: _number(text, int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    return integer(1)(text)
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    return integer(0)(text)
-
-
-def seed(text: str) -> int:
-    """An integer from 0 to 2**32 - 1, the range that all libraries take."""
-    return integer(0, 2**32 - 1)(text)
-
-
-def positive_float(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, lambda value: 0 < value <= LARGEST_NUMBER, f"a number above 0, at most {LARGEST_NUMBER:g}")
-
-
-def nonnegative_float(text: str) -> float:
-    """A number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value <= LARGEST_NUMBER, f"a number from 0 to {LARGEST_NUMBER:g}")
-
-
-def percentage(text: str) -> float:
-    """A number above 0, at most 100."""
-    return _number(text, float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def seconds(text: str) -> float:
-    """A time of a second to 30 days."""
-    return _number(text, float, lambda value: 1 <= value <= 2592000, "a number of seconds from 1 to 2592000")
-
-
-def path(text: str) -> Path:
-    """A path under which something is, or could be made."""
-    return Path(reachable(text))
-
-
-def reachable(text: str) -> str:
-    """The same, as it was written: not an empty one, which an unset variable of a shell gives, nor one below a file."""
-    try:
-        os.stat(text)
-    except FileNotFoundError:
-        if not text:
-            raise argparse.ArgumentTypeError("the path is empty") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL, or what no file's name can hold
-        reason = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be a path: {reason}") from None
-    return text
-
-
-def _several(text: str, kind: Callable[[str], Any]) -> list[Any]:
-    values = [kind(part) for part in text.split(",")]
-    if len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
-    return values
-
-
-def _number(text: str, kind: type, holds: Callable[[Any], bool], wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value

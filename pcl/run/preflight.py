@@ -1,20 +1,120 @@
-"""Checks before anything starts."""
+"""What is checked before a process is started or a file written, and `Plan`: what that finds out."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
+from pcl import checkpoint
+from pcl.builder import MoCo
 from pcl.errors import RunError
+from pcl.run.logs import log
 from pcl.run.options import Parser
-from pcl.run.rendezvous import launched_outside, local_processes, own_processes
+from pcl.run.rendezvous import Place, place_of
+
+# Options that change neither what a run learns nor how; all others are compared when it is resumed.
+INDIFFERENT = {
+    "data", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
+    "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout",
+    "multiprocessing_distributed", "exp_dir", "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id",
+    "output",
+}  # fmt: skip
 
 
-def check_output(parser: Parser, args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What was found out before a run, beside the options as they were given."""
+
+    place: Place = field(default_factory=Place)
+    batch: int = 1  # images in a step of one process
+    workers: int = 0  # loader processes of one process
+    seed: int | None = None  # base of the random seeds; None: to be drawn
+    deterministic: bool = False  # a seed was given
+    images: Path = Path()  # the folder of the training images
+    num_images: int = 0
+    files: str = ""  # number and fingerprint of the images
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # images to leave out: path and reason
+    resume: str = ""  # the checkpoint to go on from
+    epoch: int = 0  # where this process begins: epoch and step, both from 0
+    step: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Images in a step over all ranks."""
+        return self.batch * self.place.world
+
+    def settings(self, args: Namespace) -> dict[str, str]:
+        """What a checkpoint keeps in its field "args", to be compared when the run is resumed."""
+        found = {"seed": self.seed, "files": self.files, "processes": self.place.world}
+        return {name: str(value) for name, value in {**vars(args), **found}.items()}
+
+
+def note_changes(state: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Say which settings are not those of the run that wrote a checkpoint."""
+    before = state.get("args")
+    if not isinstance(before, dict):  # the published program keeps none
+        return
+    for name, value in now.items():
+        if name not in INDIFFERENT and name in before and before[name] != value:
+            option = name if name in ("files", "processes") else f"--{name.replace('_', '-')}"
+            log(f"note: {option} {value}, before {before[name]}")
+
+
+def check_launch(parser: Parser, args: Namespace) -> Plan:
+    """Stop on processes, machines or a batch that cannot be; the plan of processes, batch and seed."""
+    wrong_address = f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0"
+    if args.dist_url and args.dist_url != "env://" and not is_address(args.dist_url):  # env:// is a launcher's address
+        parser.error(wrong_address)
+    try:
+        place = place_of(args)
+    except RunError as error:
+        parser.error(str(error))
+    gpus, nproc = torch.cuda.device_count(), place.local_world
+    checks: tuple[tuple[Any, str], ...] = (
+        (args.gpu is not None and args.gpu >= gpus,
+         f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is"),
+        (args.gpu is not None and (args.nproc or 1) > 1,
+         f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}"),
+        (not place.spawns and (args.nproc is not None or args.gpu is not None),
+         "--nproc and --gpu: the launcher that started this process decides that; leave them out"),
+        (place.spawns and getattr(args, "local_rank", 0),
+         "--local-rank: a launcher sets LOCAL_RANK, RANK and WORLD_SIZE too; start with torchrun"),
+        (place.spawns and gpus and nproc > gpus and args.dist_backend == "nccl",
+         f"--nproc: {nproc} processes for {gpus} GPUs; start fewer, give --dist-backend gloo, or hide the GPUs "
+         "(CUDA_VISIBLE_DEVICES=) to use the CPU"),
+        (place.spawns and args.rank >= args.world_size,
+         f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}"),
+        (place.spawns and args.world_size > 1 and not args.dist_url,
+         "--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0"),
+        (place.spawns and args.dist_url == "env://", wrong_address),
+        (args.batch_size % nproc,
+         f"--batch-size {args.batch_size}: the {nproc} processes of this node do not divide it; "
+         f"try {max(args.batch_size - args.batch_size % nproc, nproc)}"),
+    )  # fmt: skip
+    for wrong, message in checks:
+        if wrong:
+            parser.error(message)
+    return Plan(place, args.batch_size // nproc, -(-args.workers // nproc), args.seed, args.seed is not None)
+
+
+def is_address(url: str) -> bool:
+    """Whether it is tcp://HOST:PORT."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")  # as a connection does; UnicodeError is a ValueError
+        return parts.scheme == "tcp" and bool(host) and bool(parts.port) and url.isprintable() and " " not in url
+    except ValueError:
+        return False
+
+
+def check_output(parser: Parser, args: Namespace) -> None:
     """Stop if the result could not be written after all the work."""
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
@@ -40,7 +140,7 @@ def check_memory(parser: Parser, option: str, numbers: int, what: str) -> None:
         parser.error(f"{option}: {what} would take {need / 1e9:.0f} GB, this machine has {have / 1e9:.0f}; lower it")
 
 
-def check_image_size(parser: Parser, args: argparse.Namespace, images: int, rows: int) -> None:
+def check_image_size(parser: Parser, args: Namespace, images: int, rows: int) -> None:
     """Stop if no memory could hold a step's images (of `images` in all), or with --pixels this many rows of features."""
     size, pixels = f"--image-size {args.image_size}", 3 * args.image_size**2
     batch = min(args.batch_size, images)
@@ -49,57 +149,62 @@ def check_image_size(parser: Parser, args: argparse.Namespace, images: int, rows
         check_memory(parser, size, rows * pixels, "--pixels")
 
 
-def check_launch(parser: Parser, args: argparse.Namespace) -> None:
-    """Stop on options that name processes or machines that cannot be; note whether a seed asks for a run that repeats."""
-    args.deterministic = args.seed is not None
-    wrong_address = f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0"
-    if args.dist_url and args.dist_url != "env://" and not is_address(args.dist_url):  # env:// is a launcher's address
-        parser.error(wrong_address)
+def check_number(parser: Parser, args: Namespace, plan: Plan, num_images: int) -> None:
+    """Stop if there are fewer images than a batch or the clusters need."""
+    if num_images < plan.global_batch:
+        parser.error(f"--batch-size: {plan.global_batch} images in a step, but {plan.images} holds {num_images}; lower it")
+    if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
+        parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
+
+
+def check_lone_image(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> None:
+    """Stop if BatchNorm gets one number of a channel, where a process has one image in a step; `model` is on "meta"."""
     try:
-        outside = launched_outside(args)
+        if plan.batch == 1:
+            model.encoder_q(torch.empty(1, 3, args.image_size, args.image_size, device="meta"))
+    except ValueError:
+        remedy = f"give -b {2 * plan.place.local_world} or more, or a larger --image-size"
+        parser.error(f"--batch-size {args.batch_size}: BatchNorm needs more than one image in a process's step; {remedy}")
+
+
+def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[Plan, dict[str, Any] | None, list[str]]:
+    """Load the checkpoint to go on from, if there is one, into the model; the plan with its epoch and seed, it, and notes."""
+    notes: list[str] = []
+    resume = args.resume or ""
+    if resume == "auto":
+        resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
+        if notes and not resume:
+            parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
+    plan = replace(plan, resume=resume, epoch=args.start_epoch)
+    try:
+        check_other_run(args, plan)
+        state = checkpoint.load_for_resume(resume, model, args.arch) if resume else None
+    except checkpoint.CheckpointError as error:
+        parser.error(f"--resume: {error}")
     except RunError as error:
         parser.error(str(error))
-    gpus, nproc = torch.cuda.device_count(), own_processes(args)
-    if outside and outside.is_task and outside.local_world == 1 and nproc > 1:
-        # srun has started one task on each node, and the task starts the node's processes.
-        args.rank, args.world_size, args.dist_url = outside.rank, outside.world, f"tcp://{outside.host}:{outside.port}"
-        outside = None
-    if args.gpu is not None and args.gpu >= gpus:
-        parser.error(f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is")
-    if args.gpu is not None and (args.nproc or 1) > 1:
-        parser.error(f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}")
-    if outside:
-        if args.nproc is not None or args.gpu is not None:
-            parser.error("--nproc and --gpu: the launcher that started this process decides that; leave them out")
+    if state:
+        plan = replace(plan, epoch=state["epoch"])
+        if plan.epoch >= args.epochs and args.resume != "auto":
+            parser.error(f"--resume: {resume} has all of its {plan.epoch} epochs; raise --epochs to go on")
+        if args.seed is None:
+            plan = replace(plan, seed=state["seed"], deterministic=state["deterministic"])
+    elif plan.epoch >= args.epochs:
+        parser.error(f"--start-epoch {plan.epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
+    return plan, state, notes
+
+
+def check_other_run(args: Namespace, plan: Plan) -> None:
+    """Asked before anything is written, and again once no other run can write.
+
+    Raises:
+        RunError: the folder holds a run that is not to be resumed, or one that has come further than --resume.
+    """
+    folder = f"--exp-dir {args.exp_dir}"
+    if args.resume == "auto":
         return
-    if getattr(args, "local_rank", 0):
-        parser.error(
-            f"--local-rank {args.local_rank}: a launcher sets LOCAL_RANK, RANK and WORLD_SIZE too; start with torchrun"
-        )
-    if gpus and nproc > gpus and args.dist_backend == "nccl":
-        remedy = "start fewer, give --dist-backend gloo, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to use the CPU"
-        parser.error(f"--nproc: {nproc} processes for {gpus} GPUs; {remedy}")
-    if args.rank >= args.world_size:
-        parser.error(f"--rank {args.rank}: the nodes of --world-size {args.world_size} are 0 to {args.world_size - 1}")
-    if args.world_size > 1 and not args.dist_url:
-        parser.error("--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0")
-    if args.dist_url == "env://":
-        parser.error(wrong_address)
-
-
-def is_address(url: str) -> bool:
-    """Whether it is tcp://HOST:PORT."""
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")  # as a connection does; UnicodeError is a ValueError
-        return parts.scheme == "tcp" and bool(host) and bool(parts.port) and url.isprintable() and " " not in url
-    except ValueError:
-        return False
-
-
-def check_batch(parser: Parser, args: argparse.Namespace) -> None:
-    """Stop unless this node's processes divide its batch evenly."""
-    nproc = local_processes(args)
-    if args.batch_size % nproc:
-        lower = max(args.batch_size - args.batch_size % nproc, nproc)
-        parser.error(f"--batch-size {args.batch_size}: the {nproc} processes of this node do not divide it; try {lower}")
+    if not plan.resume:
+        if [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
+            raise RunError(f"{folder} holds another run; name another folder, or give --resume to go on with it")
+    elif (newest := checkpoint.newest(args.exp_dir)) and newest.resolve() != Path(plan.resume).resolve():
+        raise RunError(f"--resume: {folder} holds a newer checkpoint, {newest.name}; move it away, or name another folder")

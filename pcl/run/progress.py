@@ -1,92 +1,105 @@
-"""What is done of an epoch of pre-training, so that another process can finish it to the bit."""
+"""Progress within an epoch, saved so that a resumed run finishes it bit for bit."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field, fields
+from argparse import Namespace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from pcl import checkpoint
 from pcl.clustering import Clustering
-from pcl.run import options
+from pcl.distributed import equal_on_all_ranks
+from pcl.errors import RunError
 from pcl.run.logs import Meters, log
+from pcl.run.options import Parser
+from pcl.run.preflight import Plan, note_changes
 
 
-def e_step_is_due(epoch: int, args: argparse.Namespace) -> bool:
-    """Whether new clusters are made for this epoch, from 0."""
+def e_step_is_due(epoch: int, args: Namespace) -> bool:
+    """Whether this epoch (from 0) gets new clusters."""
     return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
 
 
-def terms_of_epoch(epoch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for an epoch to be finished by another run than began it: its steps' images, its clusters."""
-    names = ["files", "seed", "warmup_epoch"]
+def terms_of(epoch: int, args: Namespace, plan: Plan) -> dict[str, Any]:
+    """What must be the same for another run to finish an epoch: its steps' images, its clusters."""
+    names = ["warmup_epoch"]
     if epoch >= args.warmup_epoch:
         names += ["num_cluster", "kmeans_every", "kmeans", "kmeans_tf32", "temperature", "image_size", "augment_on", "amp"]
-    return {"batch": str(options.global_batch(args))} | {name: str(getattr(args, name)) for name in names}
+    terms = {"batch": plan.global_batch, "files": plan.files, "seed": plan.seed} | {name: getattr(args, name) for name in names}
+    return {name: str(value) for name, value in terms.items()}
 
 
 @dataclass
-class Begun:
-    """What is done of an epoch: nothing yet, its E-step (or an earlier one's that counts), some steps of its M-step too."""
+class Progress:
+    """What is done of an epoch: nothing, its clusters (new ones or those of an earlier E-step), steps of its M-step too."""
 
-    epoch: int = 0  # the one to go on with
+    epoch: int = 0
     steps: int = 0
     clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
     meters: Meters = field(default_factory=Meters)
 
-    def next(self, args: argparse.Namespace) -> Begun:
-        """The next epoch, of which nothing is done; it keeps the clusters if it is to make no new ones."""
-        return Begun(self.epoch + 1, clusterings=[] if e_step_is_due(self.epoch + 1, args) else self.clusterings)
+    def next(self, args: Namespace) -> Progress:
+        """The start of the next epoch; clusters are kept unless a new E-step is due."""
+        return Progress(self.epoch + 1, clusterings=[] if e_step_is_due(self.epoch + 1, args) else self.clusterings)
 
-    def state_over_ranks(self, args: argparse.Namespace) -> dict[str, Any]:
-        """For a checkpoint. Every rank must call it."""
+    def state_over_ranks(self, args: Namespace, plan: Plan) -> dict[str, Any]:
+        """For a checkpoint; every rank must call it."""
         if not (self.steps or self.clusterings):
             return {"epoch": self.epoch}
         meters = self.meters.state_over_ranks() if self.steps else {}
         clusterings = [{f.name: getattr(c, f.name) for f in fields(c)} for c in self.clusterings]
-        done = {"steps": self.steps, "clusterings": clusterings, "meters": meters}
-        return {"epoch": self.epoch, **done, "terms": terms_of_epoch(self.epoch, args)}
+        done = {"epoch": self.epoch, "steps": self.steps, "clusterings": clusterings, "meters": meters}
+        return done | {"terms": terms_of(self.epoch, args, plan)}
 
     @classmethod
-    def of_checkpoint(cls, state: dict[str, Any], device: torch.device, args: argparse.Namespace) -> Begun:
-        """Of the epoch to go on with; nothing is done of it if it cannot be finished with these images and options."""
-        if "terms" not in state:
-            return cls(state["epoch"])
-        if state["terms"] != terms_of_epoch(state["epoch"], args):
-            log(f"epoch {state['epoch'] + 1} begins anew: images, batch, seed or clusters are not those of {args.resume}")
-            return cls(state["epoch"])
+    def from_state(cls, state: dict[str, Any], args: Namespace, plan: Plan, device: torch.device | str = "cpu") -> Progress:
+        """Of the epoch to go on with; nothing is done of it if these images and options cannot finish it.
+
+        Raises:
+            Exception: of any kind, if the state is not one that a run writes.
+        """
+        epoch, steps = state["epoch"], state["steps"]
+        if "terms" not in state and steps:
+            raise ValueError("steps without terms")
+        if "terms" not in state or dict(state["terms"]) != terms_of(epoch, args, plan):
+            return cls(epoch)
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
-        meters = Meters.go_on(state["meters"]) if state["steps"] else Meters()
-        return cls(state["epoch"], state["steps"], clusterings, meters)
+        wanted = args.num_cluster if epoch >= args.warmup_epoch else []
+        for clustering, k in zip(clusterings, wanted, strict=True):
+            tensors = (clustering.im2cluster, clustering.prototypes, clustering.concentration)
+            shapes = [((plan.num_images,), torch.int64), ((k, args.low_dim), torch.float32), ((k,), torch.float32)]
+            if [(tuple(v.shape), v.dtype) for v in tensors] != shapes or not all(v.isfinite().all() for v in tensors):
+                raise ValueError("clusters of another shape, or not finite")
+        if steps * plan.global_batch > plan.num_images:
+            raise ValueError("more steps than an epoch has")
+        return cls(epoch, steps, clusterings, Meters.from_state(state["meters"]) if steps else Meters())
+
+    @classmethod
+    def resume(cls, model: Any, optimizer: torch.optim.Optimizer, args: Namespace, plan: Plan) -> tuple[Progress, Plan]:
+        """Load the checkpoint to go on from, if there is one, into model and optimizer."""
+        progress = cls(plan.epoch)
+        if args.resume == "auto":  # another run may have been about to end when the command line was checked
+            plan = replace(plan, resume=str(checkpoint.newest(args.exp_dir) or ""))
+        if plan.resume:
+            state = checkpoint.load_for_resume(plan.resume, model.module, args.arch)
+            checkpoint.load_optimizer(optimizer, state["optimizer"])
+            note_changes(state, plan.settings(args))
+            progress = cls.from_state(state, args, plan, model.module.queue.device)
+            if "terms" in state and not (progress.steps or progress.clusterings):
+                log(f"epoch {progress.epoch + 1} begins anew: images, batch, seed or clusters are not those of {plan.resume}")
+        if not equal_on_all_ranks(progress.epoch * 2**32 + progress.steps):
+            raise RunError(
+                f"the processes go on from different checkpoints; --exp-dir {args.exp_dir} must be one folder for all nodes"
+            )
+        return progress, replace(plan, epoch=progress.epoch, step=progress.steps)
 
 
-def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
-    """Whether a checkpoint holds what `Begun.of_checkpoint` reads, as far as shapes, dtypes and finite numbers tell."""
-    if "terms" not in state:
-        return not state["steps"]
-    terms = state["terms"]
-    if not checkpoint.is_dict(terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
-        return False
-    if terms != terms_of_epoch(state["epoch"], args):
-        return True  # nothing more is read
-    sizes = args.num_cluster if state["epoch"] >= args.warmup_epoch else []
-    clusterings = [
-        {
-            "im2cluster": ((args.num_images,), torch.int64),
-            "prototypes": ((k, args.low_dim), torch.float32),
-            "concentration": ((k,), torch.float32),
-        }
-        for k in sizes
-    ]
+def rehearse(parser: Parser, args: Namespace, plan: Plan, state: dict[str, Any] | None) -> None:
+    """Stop if `Progress.from_state` of a checkpoint would fail in the run."""
     try:
-        found = [{name: (tuple(v.shape), v.dtype) for name, v in c.items()} for c in state["clusterings"]]
-        finite = all(bool(v.isfinite().all()) for c in state["clusterings"] for v in c.values())
-        meters: dict[str, Any] = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
-        steps, sums = meters["steps"], meters["sums"]
-        numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
-    except (KeyError, TypeError, AttributeError, RuntimeError):  # of tensors without numbers
-        return False
-    fits = found == clusterings and state["steps"] * options.global_batch(args) <= args.num_images
-    return fits and finite and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])
+        if state:
+            Progress.from_state(state, args, plan)
+    except Exception:  # of many kinds, as many as a file can be wrong
+        parser.error(f"--resume: {plan.resume} does not tell what is done of epoch {plan.epoch + 1}; name another file")

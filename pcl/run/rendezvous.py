@@ -1,4 +1,4 @@
-"""How the processes of a run find each other."""
+"""The place of this process among all that train together, and the store by which they find each other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from pcl.errors import RunError, reason_of
 
-# What a launcher says of each process: rank, W, rank on its node, processes of its node.
+# The variables in which a launcher tells each process: rank, W, rank on its node, processes of its node.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # srun: a batch script alone has no such number of tasks
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),  # srun; a batch script alone has no number of tasks
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # the mpiexec of MPICH and Intel MPI
 )
 LOOPBACK = "127.0.0.1"
@@ -29,26 +29,43 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Place:
-    """The place of this process among all that train together."""
+    """The place of a process among all that train together."""
 
-    rank: int
-    world: int  # W
-    local_rank: int
-    local_world: int  # processes of this node
-    host: str  # where the store is
-    port: int
-    one_node: bool
-    hosted: bool  # the store is in the launcher's process, not in rank 0's
-    is_task: bool = False  # of SLURM or MPI; the only one of a node may stand for the node
+    rank: int = 0
+    world: int = 1  # W
+    local_rank: int = 0
+    local_world: int = 1  # processes of this node
+    host: str = ""  # of the store
+    port: int = 0
+    one_node: bool = True
+    hosted: bool = False  # the store is in the launcher's process, not in rank 0's
+    spawns: bool = (
+        True  # no launcher started this process: it starts those of its node, and is not one itself if there are several
+    )
+    is_task: bool = False  # of SLURM or MPI; a task that is alone on its node may stand for the node
+
+
+def place_of(args: Namespace) -> Place:
+    """The place that a launcher gave to this process, or that of the first process which this one is to start.
+
+    Reads `args.nproc`, `gpu`, `world_size`, `rank` and `dist_url`.
+
+    Raises:
+        RunError: variables of a launcher that are missing or wrong.
+    """
+    outside, nproc = launched_outside(args), args.nproc or (1 if args.gpu is not None else max(1, torch.cuda.device_count()))
+    if outside and not (outside.is_task and outside.local_world == 1 and nproc > 1):
+        return outside
+    url = urlsplit(args.dist_url or "")
+    node = outside or Place(args.rank, args.world_size, host=url.hostname or "", port=url.port or 0)
+    one = node.world == 1
+    return Place(node.rank * nproc, node.world * nproc, 0, nproc, node.host, node.port, one_node=one, hosted=one)
 
 
 def launched_outside(args: Namespace) -> Place | None:
-    """The place that an outside launcher such as torchrun, srun or mpirun has given to this process; None if there is none.
+    """The place that torchrun, srun or mpirun gave to this process; None if there was no launcher.
 
     Reads `args.world_size` (nodes that are named by hand need no launcher) and `dist_url`.
-
-    Raises:
-        RunError: other processes are meant, but a variable that says how to join them is missing or wrong.
     """
     told = [name for name in LAUNCHERS[0][:3] if os.environ.get(name)]
     others = [names for names in LAUNCHERS[1:] if (_number_of(names[1]) or 1) > 1 or _number_of(names[0])]
@@ -60,7 +77,7 @@ def launched_outside(args: Namespace) -> Place | None:
         if number is not None and total is not None and number >= total:
             raise RunError(f"{name}={number} must be less than {of}={total}; mend what sets them")
     if world == 1 and len(told) < 3:
-        return None  # half a word, but of nobody else
+        return None  # variables of a single process
     if rank is None or world is None or local_rank is None:
         raise _missing(next(name for name in names if not os.environ.get(name)))
     host, port = os.environ.get("MASTER_ADDR"), _number_of("MASTER_PORT")
@@ -74,13 +91,13 @@ def launched_outside(args: Namespace) -> Place | None:
         if world % len(hosts):
             raise RunError(f"{names[1]}={world}: SLURM's {len(hosts)} nodes must have as many tasks each (--ntasks-per-node)")
         local_world, host = world // len(hosts), host or (hosts[0] if len(hosts) > 1 else LOOPBACK)
-        # The same for all of a step, and most likely another one for another step or job.
+        # The same for all tasks of a step, and most likely another one for another step or job.
         port = port or 10000 + sum(_number_of(name, 2**63) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) % 20000
     if world > 1 and not (host and port):
         raise _missing("MASTER_PORT" if host else "MASTER_ADDR")
     one_node = local_world == world or host in (LOOPBACK, "localhost")
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Place(rank, world, local_rank, local_world or world, host or "", port or 0, one_node, hosted, names in others)
+    hosted, is_task = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", names in others
+    return Place(rank, world, local_rank, local_world or world, host or "", port or 0, one_node, hosted, False, is_task)
 
 
 def _number_of(variable: str, limit: int = 2**16) -> int | None:
@@ -98,41 +115,18 @@ def _missing(variable: str) -> RunError:
 
 
 def _hosts(nodes: str) -> list[str]:
-    """SLURM's list of nodes: "a[01-02,5],b" -> a01, a02, a5, b."""
+    """Expand SLURM's list of nodes: "a[01-02,5],b" -> a01, a02, a5, b."""
     hosts = []
     for head, numbers, tail in re.findall(r"([^,\[]+)(?:\[((?:\d+(?:-\d+)?,?)+)\])?([^,]*)", nodes):
         for part in numbers.split(","):
             first, _, last = part.partition("-")
-            width = len(first)
-            these = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)] if last else [first]
+            these = [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)] if last else [first]
             hosts += [head + number + tail for number in these]
     return hosts
 
 
-def own_processes(args: Namespace) -> int:
-    """Number of training processes that this one starts where no launcher did: as many as GPUs, if it is not told."""
-    return args.nproc or (1 if args.gpu is not None else max(1, torch.cuda.device_count()))
-
-
-def local_processes(args: Namespace) -> int:
-    """Number of training processes on this machine."""
-    outside = launched_outside(args)
-    return outside.local_world if outside else own_processes(args)
-
-
-def total_processes(args: Namespace) -> int:
-    """W, the number of training processes on all machines."""
-    outside = launched_outside(args)
-    return outside.world if outside else args.world_size * own_processes(args)
-
-
-def serve(host: str, port: int, patience: float) -> dist.TCPStore:
-    """A store in this process; on all interfaces, unless the host is this machine alone.
-
-    Raises:
-        RunError: there is no loopback interface.
-        OSError, dist.DistError: the port is in use, among others.
-    """
+def serve(host: str, port: int, seconds: float) -> dist.TCPStore:
+    """Start a store in this process; on all interfaces, unless the host is this machine alone."""
     listener = None
     if host in (LOOPBACK, "localhost"):
         server = socket.create_server((LOOPBACK, port))
@@ -144,77 +138,60 @@ def serve(host: str, port: int, patience: float) -> dist.TCPStore:
             raise RunError(f"the loopback interface does not work ({error.strerror or error}); {remedy}") from None
         listener = server.detach()
     return dist.TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=patience),
-        wait_for_workers=False,
-        master_listen_fd=listener,
-        use_libuv=listener is None,  # torch 2.7's libuv takes no listener
-    )
+        host, port, is_master=True, timeout=timedelta(seconds=seconds), wait_for_workers=False,
+        master_listen_fd=listener, use_libuv=listener is None,  # torch 2.7's libuv takes no listener
+    )  # fmt: skip
 
 
-def meet(args: Namespace, here: Place) -> tuple[dist.Store, str]:
-    """The store by which the processes find each other, once all are here, and the prefix of its keys.
+def meet(place: Place, seconds: float) -> tuple[dist.Store, str]:
+    """Wait until all processes are here. Returns their store, and the prefix of its keys.
 
     Raises:
-        RunError: the port is in use, not all came in time, or they do not fit together.
+        RunError: the port is in use, not all came within `seconds`, or they do not fit together.
     """
-    where, end = f"--dist-url tcp://{here.host}:{here.port}", time.monotonic() + args.dist_timeout
-    serves, in_time = here.rank == 0 and not here.hosted, f"within {args.dist_timeout:g} s (--dist-timeout)"
+    where, within = f"--dist-url tcp://{place.host}:{place.port}", f"within {seconds:g} s (--dist-timeout)"
+    serves, end = place.rank == 0 and not place.hosted, time.monotonic() + seconds
     try:
         if serves:
-            store = serve(here.host, here.port, args.dist_timeout)
+            store = serve(place.host, place.port, seconds)
         else:
-            _wait_for_server(here.host, here.port, end)  # torch's own waiting fills pages with warnings
+            _wait_for_server(place.host, place.port, end)  # torch's own waiting fills pages with warnings
             left = timedelta(seconds=max(1.0, end - time.monotonic()))
-            store = dist.TCPStore(here.host, here.port, is_master=False, timeout=left, wait_for_workers=False)
-        # The store of an outside launcher may hold the words of processes that it started before. Nobody had this process's
-        # ticket before, and only a rank 0 that is here now tells it the prefix.
-        ticket = store.add("ticket", 1)
-        if here.rank > 0 or (serves and store.add("served", 1) > 1):  # a second rank 0 is told so like others
-            ticket = int(_wait_for_word(store, f"attempt/{ticket}", end))
-        prefix = f"attempt{ticket}"
-        words = dist.PrefixStore(prefix, store)
-        plan = f"{here.world} processes, {here.local_world} on each node"
+            store = dist.TCPStore(place.host, place.port, is_master=False, timeout=left, wait_for_workers=False)
+        # The store of torchrun's agent still holds the words of the processes of an earlier attempt.
+        prefix = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        words, plan = dist.PrefixStore(prefix, store), f"{place.world} processes, {place.local_world} on each node"
         if (other := words.compare_set("plan", "", plan).decode()) != plan:
             words.set("problem", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
-        elif words.add(f"process/{here.rank}", 1) > 1:
-            words.set("problem", f"two processes are number {here.rank} of {here.world}; give each node its own --rank")
-        came, answered = words.add("came", 1), 0
-        while here.rank == 0 and not words.check(["verdict"]):
-            latest = store.add("ticket", 0)
-            for asked in range(answered + 1, latest + 1):
-                store.set(f"attempt/{asked}", str(ticket))
-            answered, came = latest, words.add("came", 0)
-            if hopeless := words.check(["problem"]):
-                end = min(end, time.monotonic() + 1)  # who comes until then is told so too
-            if came >= here.world and not hopeless:
+        elif words.add(f"process/{place.rank}", 1) > 1:
+            words.set("problem", f"two processes are number {place.rank} of {place.world}; give each node its own --rank")
+        words.add("came", 1)
+        while place.rank == 0 and not words.check(["verdict"]):
+            came, hopeless = words.add("came", 0), words.check(["problem"])
+            end = min(end, time.monotonic() + 1) if hopeless else end  # who comes until then is told so too
+            if came >= place.world and not hopeless:
                 words.set("verdict", "")
             elif time.monotonic() > end:
-                remedy = f"start every node with this URL and --world-size {args.world_size}"
-                late = f"{came} of {here.world} processes came {in_time}; {remedy}"
+                late = (
+                    f"{came} of {place.world} processes came {within}; start every node with this URL and the same --world-size"
+                )
                 words.set("verdict", words.compare_set("problem", "", late).decode())
             time.sleep(0.05)
-        if verdict := _wait_for_word(words, "verdict", end):
-            time.sleep(1)  # the store may end with this process; the others are to hear of it
-            raise RunError(f"{where}: {verdict}") if here.local_rank == 0 else SystemExit(1)  # one of a node tells
-        return words, prefix
+        while not words.check(["verdict"]):
+            if time.monotonic() > end:
+                raise TimeoutError("timed out")
+            time.sleep(0.05)
     except (OSError, dist.DistError) as error:
         if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise RunError(f"{where}: the port is in use; name another one") from None
         reason = reason_of(error).splitlines()[0]
         if serves:
             raise RunError(f"{where}: processes cannot meet there: {reason}") from None
-        raise RunError(f"{where}: process 0 did not answer {in_time}: {reason}; is node 0 running, and is it there?") from None
-
-
-def _wait_for_word(store: dist.Store, key: str, end: float) -> str:
-    while not store.check([key]):
-        if time.monotonic() > end:
-            raise TimeoutError("timed out")
-        time.sleep(0.05)
-    return store.get(key).decode()
+        raise RunError(f"{where}: process 0 did not answer {within}: {reason}; is node 0 running, and is it there?") from None
+    if verdict := words.get("verdict").decode():
+        time.sleep(1)  # the store may end with this process; the others are to hear of it
+        raise RunError(f"{where}: {verdict}") if place.local_rank == 0 else SystemExit(1)  # one process of a node tells
+    return words, prefix
 
 
 def _wait_for_server(host: str, port: int, end: float) -> None:

@@ -1,9 +1,10 @@
-"""What a run tells and advises."""
+"""What a pre-training run says at its start, its advice, its pictures."""
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,56 +12,52 @@ import torch
 from pcl import checkpoint
 from pcl.augment import center_view
 from pcl.clustering import faiss_lacks
-from pcl.distributed import available_cores, get_world_size, is_main
+from pcl.distributed import available_cores, is_main
+from pcl.errors import RunError
 from pcl.loader import IndexedFolder
-from pcl.run import options
-from pcl.run.logs import RunLog, describe_machine, log, versions
+from pcl.run.logs import Meters, RunLog, describe_machine, log, versions
+from pcl.run.options import learning_rate
+from pcl.run.preflight import Plan
 
 
-def introduce(
-    args: argparse.Namespace, images: IndexedFolder, epoch: int, steps: int, device: torch.device, record: RunLog
-) -> None:
-    """Say on what, with what and how long this run will train."""
-    world, batch = get_world_size(), options.global_batch(args)
-    facts = {
+def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, device: torch.device, record: RunLog) -> None:
+    """Say on what, with what and how long this run trains; `steps` of an epoch."""
+    world, few = plan.place.world, "; fewer than 10 images in each: prototypes of so few say little"
+    negatives = [min(args.pcl_r, k - 1) for k in args.num_cluster]
+    facts: dict[str, Any] = {
         "processes": world,
-        "backend": "gloo" if device.type == "cpu" else args.dist_backend,
         "images": len(images),
         "folders": len(images.classes),
-        "batch": batch,
-        "batch_of_a_process": batch // world,
-        "steps_of_an_epoch": steps,
-        "seed": args.seed,
-        "first_epoch": epoch,
-        "negatives_at_most": [min(args.pcl_r, k - 1) for k in args.num_cluster],
+        "batch": plan.global_batch,
     }
-    record.write(**facts)
-    log(f"machine: {describe_machine()}, talking by {facts['backend']}")
+    facts |= {"batch_of_a_process": plan.batch, "steps_of_an_epoch": steps, "seed": plan.seed, "first_epoch": plan.epoch}
+    record.write(**facts, negatives_at_most=negatives)
+    backend = f", connected by {'gloo' if device.type == 'cpu' else args.dist_backend}" if world > 1 else ""
+    log(f"machine: {describe_machine()}{backend}")
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
-    where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
+    where = f"in {len(images.classes)} folders of {plan.images}" if images.classes else f"without labels in {plan.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
     for line in images.remarks() if is_main() else []:
         log(line)
-    log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
+    log(f"batch: {plan.global_batch} images, {plan.batch} in each process; {steps} steps an epoch; seed {plan.seed}")
     if args.kmeans == "faiss" and faiss_lacks(device):
         log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
     else:
-        for k, negatives in zip(args.num_cluster, facts["negatives_at_most"], strict=True):
-            few = "; fewer than 10 images in each: prototypes of so few say little" if len(images) < 10 * k else ""
-            log(f"clusters: {k} of {len(images) / k:.0f} images, {negatives} negatives at most{few}")
-    log(f"epochs: {epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
+        for k, most in zip(args.num_cluster, negatives, strict=True):
+            told = few if len(images) < 10 * k else ""
+            log(f"clusters: {k} of {len(images) / k:.0f} images, {most} negatives at most{told}")
+    log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
-def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
+def advise(means: dict[str, float], args: Namespace) -> None:
     """Say whether loading or computing holds this run up, and what would help."""
-    waiting = means["data_seconds"] / means["seconds"]
+    waiting, cores = means["data_seconds"] / means["seconds"], available_cores()
     if waiting < 0.1:
         remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
         return
-    cores = available_cores()
     if args.workers < cores:
         remedy = f"more loader processes (-j {args.workers} of {cores} cores)"
     elif args.augment_on == "workers":
@@ -71,27 +68,46 @@ def tell_the_limit(means: dict[str, float], args: argparse.Namespace) -> None:
 
 
 def draw_pictures(exp_dir: Path) -> None:
-    """Draw the finished run; it stays finished if that fails."""
+    """Draw the finished run; a failed picture must not fail it."""
     try:
         from pcl.figures import draw  # slow to import
 
         draw(exp_dir)
         log(f"pictures: {exp_dir / 'figures'}")
-    except Exception as error:  # the checkpoints are what the run was for
+    except Exception as error:
         reason = " ".join(str(error).split())
         log(f"pictures could not be drawn ({reason}); mend that and try: python -m pcl.figures {exp_dir}")
 
 
-def remedy(epoch: int, args: argparse.Namespace, step: int = 0) -> str:
-    """What to do about numbers that are not finite; `step`: in which they appeared, from 1, before the weights changed."""
-    if (epoch, step) == (args.start_epoch, args.start_step + 1):
-        cause = f"the weights in {args.resume}; name another checkpoint" if args.resume else "a small --temperature; raise it"
+def warn_if_collapsed(features: torch.Tensor, epoch: int, images: IndexedFolder) -> None:
+    """Say so if the unit-length features (N, C) of all images are the same, after the first epoch."""
+    if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:
+        same = ", and so are the images"
+        why = same if look_alike(images) else " (collapsed); lower --lr, or see the README's settings"
+        log(f"warning: the features of all images are almost the same{why}")
+
+
+def check_loss(meters: Meters, epoch: int, args: Namespace, plan: Plan) -> None:
+    """RunError if a loss was not finite, before weights that are not numbers are saved."""
+    if is_main() and (step := meters.finite_steps + 1) <= meters.steps:
+        advice = remedy(args, plan, epoch, step)
+        raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {advice}")
+
+
+def remedy(args: Namespace, plan: Plan, epoch: int, step: int = 0) -> str:
+    """What to do about numbers that are not finite.
+
+    Args:
+        epoch, step: in which they appeared, from 0 and from 1; the weights had not yet changed in it. 0: unknown.
+    """
+    if (epoch, step) == (plan.epoch, plan.step + 1):
+        cause = f"the weights in {plan.resume}; name another checkpoint" if plan.resume else "a small --temperature; raise it"
         return f"before this run has changed a weight: look for the cause in {cause}"
-    if look_alike(IndexedFolder(args.images, center_view(args.image_size), skip=args.unreadable)):
+    if look_alike(IndexedFolder(plan.images, center_view(args.image_size), skip=plan.unreadable)):
         return "since the images are all the same, which leaves BatchNorm nothing to divide by; give other images"
-    lr = options.learning_rate(args, epoch)
     good = checkpoint.newest(args.exp_dir)
-    return f"at learning rate {lr:g}; lower --lr, and {f'go on with --resume {good}' if good else 'start again'}"
+    then = f"go on with --resume {good}" if good else "start again"
+    return f"at learning rate {learning_rate(args, epoch):g}; lower --lr, and {then}"
 
 
 def look_alike(images: IndexedFolder) -> bool:
