@@ -3,6 +3,10 @@
     python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar DIR             (--download fetches VOC2007 into DIR)
     python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar --low-shot DIR
 
+Accuracy on single-label images in DIR/train/<class>/ and DIR/val/<class>/, such as Places205:
+
+    python eval_svm_voc.py --pretrained pcl_v2/checkpoint_0199.pth.tar --low-shot --folder DIR
+
 The cheapest run, half a minute on two CPU cores, on collages of the images that come with the package:
 
     python -m pcl.samples samples
@@ -20,18 +24,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from pcl import checkpoint, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
 from pcl.errors import USER_ERRORS, reason_of
 from pcl.features import extract_features
-from pcl.loader import make_loader
+from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import average_precision
 from pcl.run import inputs, options, preflight
 from pcl.run.logs import describe_machine, log, track, write_result
@@ -53,15 +57,20 @@ class Features:
     test: np.ndarray  # (Q, C)
     test_labels: np.ndarray  # (Q, classes)
     classes: list[str]
+    drawn: np.ndarray | None = None  # the training images that `train` holds, sorted; None: all
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The features of some training images."""
+        return self.train[rows if self.drawn is None else np.searchsorted(self.drawn, rows)]
 
 
 class Job(NamedTuple):
-    """One SVM: fitted to some training images, it scores others of them, or the test set."""
+    """One class's SVM of one draw of training images."""
 
     rows: np.ndarray  # training images, possibly the same more than once
     label: int  # number of the class
     cost: float
-    held_out: np.ndarray | None = None  # training images to score; None: the test set
+    cross_validated: bool = False  # average precision in cross-validation, instead of the scores of the test images
 
 
 def get_parser() -> options.Parser:
@@ -69,15 +78,18 @@ def get_parser() -> options.Parser:
     # fmt: off
     parser = options.Parser(__doc__)
     parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
-    parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, as far as it is not there")
+    parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, unless it is there")
+    parser.add_argument("--folder", action="store_true",
+                        help="DIR holds train/<class>/ and val/<class>/ instead, one label for each image: accuracy")
     options.add_backbone(parser)
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
-    parser.add_argument("--cost", type=options.several(options.positive_float), default="0.5", metavar="C,C,..",
+    parser.add_argument("--cost", type=options.several(options.positive_float), default="0.5", metavar="C,C,...",
                         help="cost of the SVMs; of several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=options.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
+    parser.add_argument("--seed", type=options.seed, default=0, metavar="N",
+                        help="of the draws, the SVMs and a random network")
     parser.add_argument("--batch-size", type=options.integer(1, options.LARGEST_BATCH), default=128, metavar="N",
                         help="images passed through at once")
     parser.add_argument("--num-workers", type=options.integer(0, options.MOST_PROCESSES), default=8, metavar="N",
@@ -98,12 +110,14 @@ def main() -> None:
         parser.fail(1, reason_of(error))
 
 
-def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], voc.VOCSplit, voc.VOCSplit]:
+def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
     """The network, what it is, training and test images; stops on what cannot work, before anything is computed or written."""
-    if not args.download and not args.data.is_dir():
-        parser.error(f"DIR {args.data}: no such folder; --download makes it")
+    if args.folder and (args.download or args.ignore_difficult):
+        parser.error("--folder: --download and --ignore-difficult are for VOC2007; leave them out")
     if args.download:
         preflight.check_folder(parser, "DIR", args.data)
+    elif not args.data.is_dir():
+        parser.error(f"DIR {args.data}: no such folder; --download makes it")
     preflight.check_output(parser, args)
     seed_everything(args.seed)  # random weights are to be the same each time
     try:
@@ -111,7 +125,7 @@ def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Modul
     except checkpoint.CheckpointError as error:
         parser.error(str(error))
     try:
-        train, test = open_splits(args)
+        train, test = open_splits(parser, args)
         check(train, test, max(SHOTS) if args.low_shot else 1)
     except voc.VOCError as error:
         parser.error(f"DIR {args.data}: {error}")
@@ -119,29 +133,14 @@ def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Modul
     return network, source, train, test
 
 
-def evaluate(
-    network: nn.Module, source: dict[str, str], train: voc.VOCSplit, test: voc.VOCSplit, args: argparse.Namespace
-) -> None:
-    """Everything that the options ask for."""
-    log(f"machine: {describe_machine()}")
-    inputs.note_image_size(args)
-    log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
-
-    start = time.monotonic()
-    vectors = [features_of(network, split, args) for split in (train, test)]
-    features = Features(vectors[0], train.labels, vectors[1], test.labels, train.classes)
-    extracted = time.monotonic()
-    log(f"features: {vectors[0].shape[1]} of each image, {extracted - start:.1f} s")
-
-    figures = {"low_shot": low_shot(features, args)} if args.low_shot else {"full": full(features, args)}
-    seconds = {"features": extracted - start, "svm": time.monotonic() - extracted}
-    log(f"seconds: {seconds['features']:.1f} for the features, {seconds['svm']:.1f} for the SVMs")
-    write_result(args.output, vars(args), checkpoint=source, classes=train.classes, **figures, seconds=seconds)
-
-
-def open_splits(args: argparse.Namespace) -> list[voc.VOCSplit]:
-    """Training and test images; fetched first if they are not there and --download is given."""
+def open_splits(parser: options.Parser, args: argparse.Namespace) -> list[Any]:
+    """Training and test images; VOC2007 is fetched first if it is not there and --download is given."""
     view = center_view(args.image_size)
+    if args.folder:
+        folders = [inputs.open_folder(parser, args.data, split).with_transform(view) for split in ("train", "val")]
+        if folders[0].classes != folders[1].classes:
+            parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders")
+        return folders
     try:
         return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
     except voc.VOCError:
@@ -151,51 +150,73 @@ def open_splits(args: argparse.Namespace) -> list[voc.VOCSplit]:
         return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
 
 
-def check(train: voc.VOCSplit, test: voc.VOCSplit, shots: int) -> None:
+def labels_of(images: voc.VOCSplit | IndexedFolder) -> np.ndarray:
+    """(N, classes): 1 shown, -1 not, 0 difficult."""
+    if images.labels.ndim == 2:
+        return images.labels
+    return np.where(images.labels[:, None] == np.arange(len(images.classes)), np.int8(1), np.int8(-1))
+
+
+def check(train: Any, test: Any, shots: int) -> None:
     """Every class must be shown often enough."""
-    for split, name, least in ((train, "trainval", shots), (test, "test", 1)):
-        for label, count in zip(split.classes, (split.labels > 0).sum(axis=0), strict=True):
+    names = ("trainval", "test") if isinstance(train, voc.VOCSplit) else ("train", "val")
+    for split, name, least in ((train, names[0], shots), (test, names[1], 1)):
+        for label, count in zip(split.classes, (labels_of(split) > 0).sum(axis=0), strict=True):
             if count < least:
                 raise voc.VOCError(f"class {label} has {count} positive images in {name}; {least} are needed")
 
 
-def features_of(network: nn.Module, images: voc.VOCSplit, args: argparse.Namespace) -> np.ndarray:
+def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, args: argparse.Namespace) -> None:
+    """Everything that the options ask for."""
+    log(f"machine: {describe_machine()}")
+    inputs.note_image_size(args)
+    log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
+    start = time.monotonic()
+    labels, drawn = [labels_of(images) for images in (train, test)], None
+    if args.folder and args.low_shot:  # of very many images, those that are drawn are enough
+        drawn = np.unique(np.concatenate([rows for k in SHOTS for rows in draws_of(labels[0], k, args)]))
+    seen = train if drawn is None else Subset(train, drawn.tolist())
+    vectors = [features_of(network, images, args) for images in (seen, test)]
+    features = Features(vectors[0], labels[0], vectors[1], labels[1], train.classes, drawn)
+    extracted = time.monotonic()
+    log(f"features: {vectors[0].shape[1]} of each image, {extracted - start:.1f} s")
+    results = {"low_shot": low_shot(features, args)} if args.low_shot else {"full": full(features, args)}
+    seconds = {"features": extracted - start, "svm": time.monotonic() - extracted}
+    log(f"seconds: {seconds['features']:.1f} for the features, {seconds['svm']:.1f} for the SVMs")
+    write_result(args.output, vars(args), checkpoint=source, classes=train.classes, **results, seconds=seconds)
+
+
+def features_of(network: nn.Module, images: Any, args: argparse.Namespace) -> np.ndarray:
     """(N, C) float32 features, divided by their length plus 1e-5, as published."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = make_loader(images, range(len(images)), args.batch_size, min(args.num_workers, available_cores()))
-    features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
+    features = extract_features(network.to(device), track(loader, "features"), len(images), device)
     features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
     return features.cpu().numpy()
 
 
 def full(features: Features, args: argparse.Namespace) -> dict[str, Any]:
     """Train on all training images."""
-    rows = np.arange(len(features.train))
+    rows, name = np.arange(len(features.train_labels)), "accuracy" if args.folder else "mAP"
     by_cost = {cost: precisions(features, [rows], cost, args)[0] for cost in args.cost}
     cost = choose_cost(features, [rows], args)
-    for name, ap in by_cost[cost].items():
-        log(f"  {name:20s} AP {100 * ap:5.1f}")
+    for label, ap in by_cost[cost].items() if not args.folder else ():
+        log(f"  {label:20s} AP {100 * ap:5.1f}")
     for other, ap in by_cost.items():
-        log(f"cost {other:g}{' (chosen)' if other == cost and len(by_cost) > 1 else ''}: mAP {100 * mean_of(ap):.1f}")
-    return {
-        "cost": cost,
-        "map": mean_of(by_cost[cost]),
-        "ap": by_cost[cost],
-        "by_cost": {str(c): {"map": mean_of(ap), "ap": ap} for c, ap in by_cost.items()},
-    }
+        log(f"cost {other:g}{' (chosen)' if other == cost and len(by_cost) > 1 else ''}: {name} {100 * mean_of(ap):.1f}")
+    summary = {str(c): {name.lower(): mean_of(ap), "ap": ap} for c, ap in by_cost.items()}
+    return {"cost": cost, **summary[str(cost)], "by_cost": summary}
 
 
 def low_shot(features: Features, args: argparse.Namespace) -> dict[str, Any]:
     """Train on k images of each class, several draws of them."""
-    result = {}
-    log(f"{'k':>3s}  {'mAP':>5s}  {'std':>5s}   mean and standard deviation over {DRAWS} draws")
+    result, name, key = {}, *(("acc.", "accuracy") if args.folder else ("mAP", "map"))
+    log(f"{'k':>3s}  {name:>5s}  {'std':>5s}   mean and standard deviation over {DRAWS} draws")
     for k in SHOTS:
-        draws = [voc.draw_low_shot(features.train_labels, k, args.seed, draw) for draw in range(DRAWS)]
+        draws = draws_of(features.train_labels, k, args)
         by_cost = {cost: precisions(features, draws, cost, args) for cost in args.cost}
         cost = choose_cost(features, draws, args)
-        summary = {
-            str(c): {**spread(aps), "draws": [{"map": mean_of(ap), "ap": ap} for ap in aps]} for c, aps in by_cost.items()
-        }
+        summary = {str(c): {**spread(aps), "draws": [{key: mean_of(ap), "ap": ap} for ap in aps]} for c, aps in by_cost.items()}
         chosen = summary[str(cost)]
         result[str(k)] = {"cost": cost, "mean": chosen["mean"], "std": chosen["std"], "by_cost": summary}
         others = "".join(f"   cost {c}: {100 * s['mean']:.1f}" for c, s in summary.items()) if len(by_cost) > 1 else ""
@@ -203,17 +224,22 @@ def low_shot(features: Features, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def draws_of(labels: np.ndarray, k: int, args: argparse.Namespace) -> list[np.ndarray]:
+    """The training images of each draw."""
+    return [voc.draw_low_shot(labels, k, args.seed, draw) for draw in range(DRAWS)]
+
+
 def precisions(features: Features, draws: list[np.ndarray], cost: float, args: argparse.Namespace) -> list[dict[str, float]]:
-    """For each draw of training images, the average precision of each class on the test set."""
+    """For each draw of training images, the average precision of each class on the test set; with --folder the accuracy."""
     jobs = [Job(rows, label, cost) for rows in draws for label in range(len(features.classes))]
-    scores = iter(run(features, jobs, args))
-    result = []
+    scores, result = iter(run(features, jobs, args)), []
     for _ in draws:
-        ap = {}
-        for label, name in enumerate(features.classes):
-            truth, score = features.test_labels[:, label], next(scores)
+        ap, of_draw = {}, [next(scores) for _ in features.classes]
+        for truth, score, name in zip(features.test_labels.T, of_draw, features.classes, strict=True):
             counted = truth != 0 if args.ignore_difficult else np.full(len(truth), True)  # published: 0 is negative
             ap[name] = average_precision(truth[counted], score[counted])
+        if args.folder:
+            ap = {"accuracy": float((np.argmax(of_draw, axis=0) == features.test_labels.argmax(axis=1)).mean())}
         result.append(ap)
     return result
 
@@ -224,29 +250,20 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
     Draws with fewer than a positive image for each fold cannot tell: then the first of --cost.
     """
     distinct = [np.unique(rows) for rows in draws]  # an image drawn twice would stand on both sides of a fold
-    shown = [
-        (rows, label, features.train_labels[rows, label] > 0) for rows in distinct for label in range(len(features.classes))
-    ]
-    if len(args.cost) == 1 or min(min(positive.sum(), (~positive).sum()) for *_, positive in shown) < FOLDS:
+    shown = [(features.train_labels[rows] > 0).sum(axis=0) for rows in distinct]
+    fewest = min(min(count.min(), (len(rows) - count).min()) for rows, count in zip(distinct, shown, strict=True))
+    if len(args.cost) == 1 or fewest < FOLDS:
         return args.cost[0]
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=args.seed)
-    splits = [
-        (rows[fit], label, rows[held]) for rows, label, positive in shown for fit, held in folds.split(positive, positive)
-    ]
     quality = {}
     for cost in args.cost:
-        scores = run(features, [Job(fit, label, cost, held) for fit, label, held in splits], args)
-        aps = [
-            average_precision(features.train_labels[held, label], score)
-            for (_, label, held), score in zip(splits, scores, strict=True)
-        ]
-        quality[cost] = float(np.mean(aps))
+        jobs = [Job(rows, label, cost, cross_validated=True) for rows in distinct for label in range(len(features.classes))]
+        quality[cost] = float(np.mean(run(features, jobs, args)))
     return max(quality, key=quality.__getitem__)
 
 
 @dataclass(frozen=True)
 class Scores(Dataset):
-    """The scores of each job, as a loader's workers fit them."""
+    """The scores of each job, as a loader's workers compute them."""
 
     features: Features
     jobs: list[Job]
@@ -263,27 +280,32 @@ def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[n
     """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
     workers = min(args.processes, len(jobs))
     loader = make_loader(Scores(features, jobs, args.seed), range(len(jobs)), 1, workers, in_order=False)
-    found = {int(number): scores[0].numpy().copy() for number, scores in track(loader, "SVMs", len(jobs))}
+    found = {int(number): scores[0].numpy().copy() for number, scores in track(loader, "SVMs")}
     return [found[number] for number in range(len(jobs))]
 
 
 def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
-    """Fit the published SVM; decision values (Q,) of the images to score.
+    """Fit the published SVM; decision values (Q,) of the test images, or (FOLDS,) average precisions in cross-validation.
 
     Where every image shows the class (a small draw of two that often meet), nothing can be learnt: all score alike.
     """
     positive = np.where(features.train_labels[job.rows, job.label] > 0, 1, -1)  # published: difficult is negative
-    scored = features.test if job.held_out is None else features.train[job.held_out]
     if positive.min() == 1:
-        return np.zeros(len(scored))
+        return np.zeros(len(features.test))
     svm = LinearSVC(
         penalty="l2", loss="squared_hinge", dual=True, C=job.cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0,
         tol=1e-4, max_iter=2000, random_state=seed,
     )  # fmt: skip
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of iterations is meant to be met
-        svm.fit(features.train[job.rows], positive)
-        return svm.decision_function(scored)
+        if job.cross_validated:
+            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+            return cross_val_score(svm, features.of(job.rows), positive, cv=folds, scoring=_average_precision)
+        return svm.fit(features.of(job.rows), positive).decision_function(features.test)
+
+
+def _average_precision(svm: LinearSVC, rows: np.ndarray, positive: np.ndarray) -> float:
+    return average_precision(positive, svm.decision_function(rows))
 
 
 def mean_of(ap: dict[str, float]) -> float:

@@ -11,6 +11,7 @@ from sklearn.svm import LinearSVC
 import eval_svm_voc
 from eval_svm_voc import Features, Job, choose_cost, precisions, run, spread
 from pcl.augment import normalize
+from pcl.loader import IndexedFolder
 from pcl.metrics import average_precision
 from pcl.run import inputs
 
@@ -189,3 +190,32 @@ def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained
 def test_the_defaults_are_the_published_ones():
     args = args_of()
     assert (args.cost, args.seed, args.batch_size, args.num_workers, args.low_shot) == ([0.5], 0, 128, 8, False)
+
+
+@pytest.mark.slow
+def test_single_label_folders_are_scored_by_accuracy(six_classes, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 2))
+    options = [six_classes, "--folder", "--pretrained", pretrained, "--image-size", 32, "--num-workers", 0]
+    run_script(eval_svm_voc, *options, "--output", tmp_path / "full.json", "--cost", "0.5,2")
+    run_script(eval_svm_voc, *options, "--output", tmp_path / "low.json", "--low-shot")
+    full = json.loads((tmp_path / "full.json").read_text())["full"]
+    low = json.loads((tmp_path / "low.json").read_text())["low_shot"]
+    assert f"accuracy {100 * full['accuracy']:.1f}" in capsys.readouterr().out
+
+    args = args_of("--pretrained", str(pretrained), "--image-size", "32", "--num-workers", "0")
+    network, _ = inputs.open_backbone(args)
+    folders = [IndexedFolder(six_classes / split, eval_svm_voc.center_view(32)) for split in ("train", "val")]
+    x, q = (eval_svm_voc.features_of(network, images, args) for images in folders)
+    y, truth = (images.labels for images in folders)
+
+    def accuracy(rows, cost):
+        scores = []
+        for label in range(6):
+            svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=0)
+            scores.append(svm.fit(x[rows], np.where(y[rows] == label, 1, -1)).decision_function(q))
+        return (np.argmax(scores, axis=0) == truth).mean()
+
+    assert full["by_cost"]["2.0"]["accuracy"] == pytest.approx(accuracy(np.arange(len(y)), 2.0))
+    draws = [eval_svm_voc.voc.draw_low_shot(np.where(y[:, None] == np.arange(6), 1, -1), 2, 0, draw) for draw in range(5)]
+    assert all(np.bincount(y[rows]).tolist() == [2] * 6 for rows in draws)
+    assert [draw["accuracy"] for draw in low["2"]["by_cost"]["0.5"]["draws"]] == [accuracy(rows, 0.5) for rows in draws]
