@@ -88,6 +88,13 @@ def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
     return max(found)[2] if found else None
 
 
+def save_numbered(folder: Path, state: Mapping[str, Any], keep: int, keep_every: int) -> None:
+    """Save a finished epoch's checkpoint under its number, in place of the last one; `prune` the others."""
+    save(folder / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", state)
+    (folder / LAST).unlink(missing_ok=True)
+    prune(folder, keep, keep_every)
+
+
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove the numbered checkpoints of a run but for the `keep` newest (0: all), and those of each `keep_every`-th epoch."""
     numbered = sorted((number, path) for number, path in _numbered(folder) if number < math.inf)

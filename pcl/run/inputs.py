@@ -6,6 +6,7 @@ import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pcl.loader import IndexedFolder
 from pcl.networks import backbone, no_small_stem, takes_small_stem
 from pcl.run.logs import log, track
 from pcl.run.options import Parser
+from pcl.run.preflight import Plan
 from pcl.run.rendezvous import Place
 
 UNREADABLE = "unreadable.txt"
@@ -111,6 +113,12 @@ def leave_out_unreadable(
             parser.error(f"DIR {args.data}: none of the {len(images)} images of {images.root} can be read")
         kept.append(images.subset(np.array(readable)))
     return kept, unreadable
+
+
+def read_images(parser: Parser, args: Namespace, plan: Plan, images: IndexedFolder, val: IndexedFolder | None) -> Plan:
+    """The plan with the training images, without those that cannot be read if --skip-unreadable asks for that."""
+    (images, *_), unreadable = leave_out_unreadable(parser, args, plan.place, images, *([val] if val else []))
+    return replace(plan, num_images=len(images), files=describe_files(images), unreadable=unreadable)
 
 
 def describe_files(*folders: IndexedFolder) -> str:
