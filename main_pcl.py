@@ -75,7 +75,7 @@ def get_parser() -> options.Parser:
 
 def main() -> None:
     parser = get_parser()
-    args = parser.parse_args()
+    args = options.parse_fitted(parser)
     plan = check(parser, args)
     if plan.epoch >= args.epochs:
         log(f"nothing is left to do: {plan.resume} has all of its {args.epochs} epochs")

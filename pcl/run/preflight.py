@@ -22,7 +22,7 @@ from pcl.terminal import warn
 
 # Options that change neither what a run learns nor how; all others are compared when it is resumed.
 INDIFFERENT = {
-    "data", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
+    "data", "fit", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
     "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout",
     "multiprocessing_distributed", "exp_dir", "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id",
     "output",

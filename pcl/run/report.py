@@ -16,7 +16,7 @@ from pcl.distributed import available_cores, is_main, sum_over_ranks
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run.logs import Meters, RunLog, describe_machine, log, versions
-from pcl.run.options import learning_rate
+from pcl.run.options import FITTED, learning_rate
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
 
@@ -40,6 +40,9 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
     for line in images.remarks() if is_main() else []:
         log(line)
+    if args.fit:
+        chosen = [f"--{name.replace('_', '-')} {str(getattr(args, name)).strip('[]').replace(' ', '')}" for name in FITTED]
+        log(f"--fit {args.fit} is short for: {' '.join(chosen)}")
     log(f"batch: {plan.global_batch} images, {plan.batch} in each process; {steps} steps an epoch; seed {plan.seed}")
     if args.kmeans == "faiss" and faiss_lacks(device):
         log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
