@@ -32,7 +32,7 @@ from pcl.distributed import get_rank, is_main, seed_everything, wait_for_main
 from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.images import list_folder, tell_left_out
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, share_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, make_loader, indices_of_rank
 from pcl.metrics import topk_accuracy
 from pcl.run import inputs, launch, options, preflight
 from pcl.run.launch import parallel
@@ -208,12 +208,12 @@ def probe(device: torch.device, args: argparse.Namespace) -> None:
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
     for images in (train_set, val_set):
         inputs.check_same_images(images)
-        for line in images.remarks() if is_main() else []:
+        for line in images.layout_notes() if is_main() else []:
             log(line)
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.
     start = time.monotonic()
-    val_loader = make_loader(val_set, share_of_rank(len(val_set)), batch, workers)
+    val_loader = make_loader(val_set, indices_of_rank(len(val_set)), batch, workers)
     val_features = extract_features(model.backbone, track(val_loader, "features", len(val_loader)), len(val_set), device)
     val_labels = torch.from_numpy(val_set.labels).to(device)
     log(f"features: {val_features.shape[1]} of each validation image, {time.monotonic() - start:.1f} s")

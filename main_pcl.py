@@ -40,7 +40,7 @@ from pcl.distributed import (
 from pcl.errors import RunError
 from pcl.features import extract_share
 from pcl.images import read_image, read_tensor
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, share_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, make_loader, indices_of_rank
 from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, launch, options, preflight, rendezvous
 from pcl.run.launch import exit_stopped, guarded, leave_if_asked, parallel, should_stop
@@ -250,7 +250,7 @@ def train(device: torch.device, args: argparse.Namespace) -> None:
     sampler = EpochSampler(train_set, args.seed)
     train_loader = make_loader(train_set, sampler, batch, workers, drop_last=True)
     # No gradients are kept in the E-step, so that five times the images fit.
-    center_loader = make_loader(center_set, share_of_rank(len(center_set)), 5 * batch, workers)
+    center_loader = make_loader(center_set, indices_of_rank(len(center_set)), 5 * batch, workers)
 
     model = make_model(args).to(device, memory_format=memory_format(args))
     wrapped = parallel(model, device)
@@ -340,7 +340,7 @@ def momentum_features(
     model.share_statistics()
     num_images = len(loader.dataset)
     with reduced_precision(args, model.queue.device):
-        share = share_of_rank(num_images)
+        share = indices_of_rank(num_images)
         features = extract_share(model, track_all(label, loader), len(share), model.queue.device)
     if int(add_over_ranks((~features.sum(dim=1).isfinite()).sum())):
         raise RunError(f"{label}: features of images are not finite numbers, {remedy(epoch, args, step=1)}")

@@ -20,7 +20,7 @@ def extract_features(
 
     Args:
         network: (B, 3, H, W) -> (B, C), in eval mode.
-        loader: batches of this rank's images (`pcl.loader.share_of_rank`), uint8, and their indices.
+        loader: batches of this rank's images (`pcl.loader.indices_of_rank`), uint8, and their indices.
         num_images: N, on all ranks together.
         device: where the network is.
 

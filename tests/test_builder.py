@@ -15,7 +15,7 @@ from pcl.builder import MoCo, SplitBatchNorm2d, split_batch_norm
 from pcl.clustering import Clustering
 from pcl.distributed import broadcast, gather, get_rank, get_world_size
 from pcl.features import extract_features
-from pcl.loader import share_of_rank
+from pcl.loader import indices_of_rank
 from pcl.losses import instance_logits, prototype_logits
 from pcl.run.launch import parallel
 
@@ -126,7 +126,7 @@ def work_together(device, args):
     images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     model.encoder_k.bn.running_mean.add_(get_rank())  # statistics differ; the E-step must not
     model.share_statistics()
-    loader = [(images[i : i + 1], torch.tensor([i])) for i in share_of_rank(7)]
+    loader = [(images[i : i + 1], torch.tensor([i])) for i in indices_of_rank(7)]
     features = extract_features(model, loader, 7, device)
     with torch.no_grad():
         direct = model(normalize(images))

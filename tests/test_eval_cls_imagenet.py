@@ -16,7 +16,7 @@ from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
 from pcl.augment import center_view, normalize
 from pcl.checkpoint import load
 from pcl.features import extract_features
-from pcl.loader import IndexedFolder, share_of_rank
+from pcl.loader import IndexedFolder, indices_of_rank
 from pcl.networks import backbone
 from pcl.run import launch
 from pcl.run.logs import TensorBoard, claim
@@ -211,7 +211,7 @@ def probe_together(device, args):
     val = IndexedFolder(args.data / "val", center_view(32)).subset(np.arange(17))  # two ranks do not divide them
     torch.manual_seed(0)
     network = backbone(ARCH)
-    loader = [(val[i][0][None], i) for i in share_of_rank(len(val))]
+    loader = [(val[i][0][None], i) for i in indices_of_rank(len(val))]
     features = extract_features(network, loader, len(val), device)
     head = torch.nn.Linear(1024, 6)
     save_result(args, features=features, **validate(head, features, torch.from_numpy(val.labels)))

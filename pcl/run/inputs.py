@@ -119,7 +119,7 @@ def leave_out_unreadable(parser: Parser, args: argparse.Namespace, *folders: Ind
 
 def describe_files(*folders: IndexedFolder) -> str:
     """Number and fingerprint of the images, by which a resumed run knows them again."""
-    return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
+    return " and ".join(f"{len(images)} images ({images.fingerprint():08x})" for images in folders)
 
 
 def keep_unreadable(folder: Path, args: argparse.Namespace) -> None:
@@ -135,7 +135,7 @@ def check_same_images(images: IndexedFolder) -> None:
     Raises:
         RunError: they have not.
     """
-    if not same_on_all(images.digest()):
+    if not same_on_all(images.fingerprint()):
         raise RunError(
             f"the processes found different images in {images.root}; give every node the same files, and start again"
         )

@@ -21,7 +21,7 @@ from pcl.builder import MoCo
 from pcl.clustering import Clustering
 from pcl.distributed import get_world_size, is_main, wait_for_main
 from pcl.features import extract_features
-from pcl.loader import IndexedFolder, make_loader, share_of_rank
+from pcl.loader import IndexedFolder, make_loader, indices_of_rank
 from pcl.metrics import cluster_agreement, leave_one_out_accuracy
 from pcl.run import options
 from pcl.run.logs import RunLog, log, track
@@ -37,7 +37,7 @@ class Monitor:
 
     Args:
         images: the training images, whose folders are the labels.
-        val_loader: this rank's share of the validation images (`pcl.loader.share_of_rank`); None without any.
+        val_loader: this rank's share of the validation images (`pcl.loader.indices_of_rank`); None without any.
         freq: epochs between two looks in warm-up; 0 turns everything off.
         record: takes the figures.
     """
@@ -197,4 +197,4 @@ def val_loader(args: argparse.Namespace) -> DataLoader | None:
     if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:
         return None
     batch, workers = options.batch_and_workers(args)
-    return make_loader(images, share_of_rank(len(images)), 5 * batch, workers)
+    return make_loader(images, indices_of_rank(len(images)), 5 * batch, workers)

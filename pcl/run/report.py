@@ -39,7 +39,7 @@ def introduce(
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     where = f"in {facts['folders']} folders of {args.images}" if images.classes else f"without labels in {args.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
-    for line in images.remarks() if is_main() else []:
+    for line in images.layout_notes() if is_main() else []:
         log(line)
     log(f"batch: {batch} images, {batch // world} in each process; {steps} steps an epoch; seed {args.seed}")
     if args.kmeans == "faiss" and faiss_lacks(device):
