@@ -32,7 +32,7 @@ from pcl.distributed import get_rank, is_main, seed_everything, wait_for_main
 from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.images import list_folder, tell_left_out
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, indices_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.metrics import topk_accuracy
 from pcl.run import inputs, launch, options, preflight
 from pcl.run.launch import parallel

@@ -40,7 +40,7 @@ from pcl.distributed import (
 from pcl.errors import RunError
 from pcl.features import extract_share
 from pcl.images import read_image, read_tensor
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, indices_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, launch, options, preflight, rendezvous
 from pcl.run.launch import exit_stopped, guarded, leave_if_asked, parallel, should_stop

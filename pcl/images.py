@@ -21,7 +21,8 @@ from pcl.errors import RunError
 
 Image.init()  # registers every plugin of Pillow
 # What Pillow decodes by itself; it hands EPS to Ghostscript, for example. TGA has no magic number and comes last.
-FORMATS = [name for name in "JPEG PNG GIF BMP DIB TIFF WEBP AVIF JPEG2000 PPM PCX QOI TGA".split() if name in Image.OPEN]
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "TGA"]
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # some builds lack a few
 # An MPO opens as the JPEG that it begins with. A PFM holds floating-point numbers of unknown range.
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in [*FORMATS, "MPO"]} - {".pfm"}
 # Names without a dot that Linux, macOS, Windows, Synology and QNAP leave among a user's files, in lower case.

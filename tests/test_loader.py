@@ -21,7 +21,7 @@ from pcl.augment import GaussianBlur, RecipeView, TwoViews, center_view, crop_vi
 from pcl.checkpoint import save
 from pcl.errors import RunError
 from pcl.images import UnreadableImageError
-from pcl.loader import EpochSampler, IndexedFolder, make_loader, random_numbers_of, indices_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader, random_numbers_of
 
 
 def in_group(monkeypatch, rank, world):

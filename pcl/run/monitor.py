@@ -21,7 +21,7 @@ from pcl.builder import MoCo
 from pcl.clustering import Clustering
 from pcl.distributed import get_world_size, is_main, wait_for_main
 from pcl.features import extract_features
-from pcl.loader import IndexedFolder, make_loader, indices_of_rank
+from pcl.loader import IndexedFolder, indices_of_rank, make_loader
 from pcl.metrics import cluster_agreement, leave_one_out_accuracy
 from pcl.run import options
 from pcl.run.logs import RunLog, log, track
