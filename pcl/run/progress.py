@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from pcl import checkpoint
 from pcl.clustering import Clustering
 from pcl.run import options
 from pcl.run.logs import Meters, log
@@ -67,7 +66,7 @@ def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
     if "terms" not in state:
         return not state["steps"]
     terms = state["terms"]
-    if not checkpoint.is_dict(terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
+    if not _is_dict(terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
         return False
     if terms != terms_of_epoch(state["epoch"], args):
         return True  # nothing more is read
@@ -85,8 +84,12 @@ def is_whole(state: dict[str, Any], args: argparse.Namespace) -> bool:
         finite = all(bool(v.isfinite().all()) for c in state["clusterings"] for v in c.values())
         meters: dict[str, Any] = state["meters"] if state["steps"] else {"steps": 0, "sums": {}}
         steps, sums = meters["steps"], meters["sums"]
-        numbers = checkpoint.is_dict(sums) and all(isinstance(value, float) for value in sums.values())
+        numbers = _is_dict(sums) and all(isinstance(value, float) for value in sums.values())
     except (KeyError, TypeError, AttributeError, RuntimeError):  # of tensors without numbers
         return False
     fits = found == clusterings and state["steps"] * options.global_batch(args) <= args.num_images
-    return fits and finite and numbers and checkpoint.is_count(steps) and bool(steps) == bool(state["steps"])
+    return fits and finite and numbers and type(steps) is int and steps >= 0 and bool(steps) == bool(state["steps"])
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
