@@ -21,7 +21,8 @@ from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
-TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
+TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --monitor-freq 0 --seed 1"
+MONITOR = ("--monitor-freq", 10)  # and draw pictures at the end, which takes seconds
 
 
 def run(*options, tiny=TINY):
@@ -44,7 +45,7 @@ def finished(image_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        run(image_folder, "--exp-dir", exp_dir)
+        run(image_folder, "--exp-dir", exp_dir, *MONITOR)
     return exp_dir
 
 
@@ -93,7 +94,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder,
 
 @pytest.mark.slow
 def test_looking_changes_nothing(image_folder, finished, tmp_path):
-    run(image_folder, "--exp-dir", tmp_path, "--monitor-freq", 0)
+    run(image_folder, "--exp-dir", tmp_path)
     assert_same(weights(tmp_path), weights(finished))
     looks = [[r["epoch"] for r in records_of(folder) if "monitor_seconds" in r] for folder in (finished, tmp_path)]
     assert looks == [[0, 1, 2], []]
@@ -106,7 +107,7 @@ def test_looking_changes_nothing(image_folder, finished, tmp_path):
 @pytest.mark.parametrize("where", ["train", ""])
 def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys, where):
     shutil.copytree(image_folder / "train" / "b", tmp_path / "photos" / where)
-    run(tmp_path / "photos", "--exp-dir", tmp_path / "run", "--epochs", 2)
+    run(tmp_path / "photos", "--exp-dir", tmp_path / "run", "--epochs", 2, *MONITOR)
     assert f"15 images without labels in {tmp_path / 'photos' / where}" in capsys.readouterr().out
     last = load(tmp_path / "run" / "e_step.pth.tar")
     assert (last["epoch"], last["classes"], len(last["labels"])) == (1, [], 15)
@@ -120,7 +121,7 @@ def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys,
     "options", ["--kmeans sharded", "--kmeans super --low-dim 32", "--augment-on device --amp bf16 --channels-last"]
 )
 def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_path, options):
-    run(image_folder, "--exp-dir", tmp_path, *options.split())
+    run(image_folder, "--exp-dir", tmp_path, *options.split(), *MONITOR)
     assert (tmp_path / "figures" / "prototypes_5.png").exists()
     ours, published = ([r["loss"] for r in records_of(folder) if "seconds" in r] for folder in (tmp_path, finished))
     assert ours == pytest.approx(published, rel=0.5)
@@ -131,7 +132,7 @@ def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_p
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_share_what_is_clustered(image_folder, tmp_path):
-    run(image_folder, "--exp-dir", tmp_path, "--nproc", "2", "--kmeans", "sharded")
+    run(image_folder, "--exp-dir", tmp_path, "--nproc", "2", "--kmeans", "sharded", *MONITOR)
     last = load(tmp_path / "e_step.pth.tar")
     assert last["seen"].tolist() == list(range(0, 25, 2))
     for granularity in last["granularities"]:
@@ -173,7 +174,7 @@ def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, fi
     state["optimizer"]["param_groups"][0]["maximize"] = True
     torch.save(state, tmp_path / "c.pth.tar")
     changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 -p 7"
-    run(image_folder, "--exp-dir", tmp_path / "run", "--monitor-freq", 0, "--resume", tmp_path / "c.pth.tar", *changed.split())
+    run(image_folder, "--exp-dir", tmp_path / "run", "--resume", tmp_path / "c.pth.tar", *changed.split())
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: --epochs 4, before 3",
@@ -263,7 +264,7 @@ def test_the_advice_about_numbers_that_are_not_finite_fits_the_cause(
 
 @pytest.mark.slow
 def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(image_folder, tmp_path):
-    long = ["--epochs", 6, "--save-freq", 1, "--monitor-freq", 0, "--kmeans-every", 3]
+    long = ["--epochs", 6, "--save-freq", 1, "--kmeans-every", 3]
     run(image_folder, "--exp-dir", tmp_path / "whole", *long)
     assert [r["epoch"] for r in records_of(tmp_path / "whole") if "kmeans_seconds" in r] == [1, 4]
     assert all("loss_prototype" in r for r in records_of(tmp_path / "whole") if r.get("epoch", 0) > 0 and "seconds" in r)
@@ -285,7 +286,7 @@ def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(im
 
 @pytest.mark.slow
 def test_a_run_with_all_that_small_data_needs_comes_to_its_end(image_folder, finished, tmp_path):
-    small = "-a resnet18 --image-size 16 --epochs 2 --monitor-freq 0"
+    small = "-a resnet18 --image-size 16 --epochs 2"
     options = "--small-stem --bn-splits 2 --mask-duplicates --kmeans-every 2 --proto-weight 0.5"
     run(image_folder, "--exp-dir", tmp_path, *small.split(), *options.split())
     assert weights(tmp_path, 1)["state_dict"]["module.encoder_k.conv1.weight"].shape == (64, 3, 3, 3)
@@ -348,7 +349,7 @@ def test_a_run_without_its_unreadable_images_is_a_run_that_never_had_them(image_
     (tmp_path / "broken" / spoilt[1]).write_bytes(content[: len(content) // 2])
     (tmp_path / "broken" / spoilt[2]).unlink()
     (tmp_path / "broken" / spoilt[2]).symlink_to("nowhere")
-    options = ["--nproc", processes, "--epochs", 2]
+    options = ["--nproc", processes, "--epochs", 2, *MONITOR]
     run(tmp_path / "without", "--exp-dir", tmp_path / "expected", *options)
     capsys.readouterr()
     run(tmp_path / "broken", "--exp-dir", tmp_path / "run", *options, "--skip-unreadable", "--augment-on", "workers")
@@ -373,7 +374,7 @@ def test_names_of_any_alphabet_and_links_make_no_difference(image_folder, tmp_pa
     (root / "caf\udce9").rename(root / "éa\udce9")  # to come last, as b does
     (root / ".DS_Store").write_bytes(b"\0")
     (root / "Käse 猫" / "._né 00.png").write_bytes(b"\0")
-    run(root, "--exp-dir", tmp_path / "run", "--epochs", 2, "--monitor-freq", 1)
+    run(root, "--exp-dir", tmp_path / "run", "--epochs", 2, *MONITOR)
     run(image_folder / "train", "--exp-dir", tmp_path / "plain", "--epochs", 2)
     assert_same(weights(tmp_path / "run", 1), weights(tmp_path / "plain", 1))
     out = capsys.readouterr().out
