@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from pickle import dump  # writes only
 from typing import BinaryIO
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from pcl.augment import MEAN, STD
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at, write_whole
 from pcl.errors import FORESEEN, reason_of
-from pcl.networks import architectures, has_small_stem, new_network, takes_small_stem, without_numbers
+from pcl.networks import architectures, has_small_stem, takes_small_stem
 from pcl.terminal import printable, tell
 
 Weights = dict[str, Tensor]  # of `load_backbone`: float32, and int64 counts
@@ -30,10 +30,6 @@ DETECTRON2 = {  # torchvision's names -> detectron2's, as MoCo's script converts
     **{r"^(?!layer)": "stem.", r"bn(\d)": r"conv\1.norm", r"downsample\.0": "shortcut", r"downsample\.1": "shortcut.norm"},
     **{f"^layer{i}": f"res{i + 1}" for i in range(1, 5)},
 }
-DETECTRON2_OPTIONS = (
-    "MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB "
-    f"MODEL.PIXEL_MEAN {[round(255 * x, 3) for x in MEAN]} MODEL.PIXEL_STD {[round(255 * x, 3) for x in STD]}"
-)
 
 
 def write_safetensors(weights: Weights, file: BinaryIO) -> None:
@@ -59,7 +55,7 @@ def write_detectron2(weights: Weights, file: BinaryIO) -> None:
             for pattern, new in DETECTRON2.items():
                 name = re.sub(pattern, new, name)
             renamed[name] = value.numpy()
-    pickle.dump({"model": renamed, "__author__": "PCL", "matching_heuristics": True}, file)
+    dump({"model": renamed, "__author__": "PCL", "matching_heuristics": True}, file)
 
 
 WRITERS: dict[str, Callable[[Weights, BinaryIO], None]] = {
@@ -103,8 +99,7 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
     if not out.suffix:
         out.mkdir()
         file, size = out / "model.safetensors", trained_at(checkpoint) or 224
-        with without_numbers():
-            features = new_network(arch).get_submodule("fc").in_features
+        features = len(weights["layer4.0.downsample.0.weight"])
         pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
         pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
         config = {"architecture": arch, "num_classes": 0, "num_features": features, "pretrained_cfg": pretrained}
@@ -114,7 +109,8 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
     if not out.suffix:
         return [*lines, f'  network = timm.create_model("local-dir:{out.resolve()}", pretrained=True)']
     if out.suffix == ".pkl":
-        return [*lines, f"  MODEL.WEIGHTS {out} {DETECTRON2_OPTIONS}"]
+        pixels = "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]"  # MEAN and STD of 0..255
+        return [*lines, f"  MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB {pixels}"]
     lines.append(f"  network = torchvision.models.{arch}()")
     if small:
         lines.append("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
