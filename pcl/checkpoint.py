@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, opened without running code, loaded with exact keys.
 
-Write the backbone of one as a torchvision state dict without its fc:
+Write the backbone of one for torchvision, without its fc (`pcl.export` has further formats):
 
     python -m pcl.checkpoint export CHECKPOINT OUT.pth
 """
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,12 @@ class CheckpointError(RunError):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path`. Whenever the machine stops, either the old file or the new one is there, whole.
+    """`torch.save` by `write_whole`."""
+    write_whole(path, lambda file: torch.save(dict(state), file))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Call `write` with a file for `path`. Whenever the machine stops, either the old file or the new one is there, whole.
 
     Raises:
         RunError: a full disk, a read-only folder; the old file is untouched.
@@ -48,7 +53,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")  # if the process is killed, the next save overwrites it
     try:
         with part.open("wb") as file:
-            torch.save(dict(state), file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
