@@ -218,7 +218,7 @@ def test_signals_are_handled_as_before_once_the_watch_is_closed():
 LOADS = """
 import multiprocessing, signal, sys, time
 from pcl.loader import make_loader
-from pcl.watch import SIGNALS
+from pcl.terminal import SIGNALS
 
 class Slow:
     def __len__(self):
