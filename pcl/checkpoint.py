@@ -152,16 +152,10 @@ def _check_records(path: Path) -> None:
 
 
 def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, Any]:
-    """Load a pre-training checkpoint; its weights go into `model`.
-
-    Args:
-        path: the file.
-        model: as it will be trained (on any device, "meta" too), without DistributedDataParallel around it.
-        arch: its architecture's name.
+    """Load a pre-training checkpoint; its weights go into `model`, an `arch` on any device ("meta" too) without DDP around it.
 
     Raises:
-        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a run could not go on
-            from a field.
+        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a field is none of a run's.
     """
     state = {"seed": None, "deterministic": False, "steps": 0} | load(path)  # the published program writes none of these
     if wrong := _wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
@@ -186,8 +180,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         the network and the name of its architecture.
 
     Raises:
-        CheckpointError: also if a key of the backbone is missing or unexpected, or a weight is not finite: the weights
-            are never random.
+        CheckpointError: also if a key is missing or unexpected, or a weight is not finite: weights are never random.
     """
     state = load(path)
     arch = arch or state.get("arch")
@@ -237,8 +230,9 @@ def _wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
     if missing := [name for name in names if name not in state]:
         return f"it has no {', '.join(missing)}"
     wrong = [name for name in names if name in TYPES and type(state[name]) not in TYPES[name]]
-    wrong += [name for name in names if type(state[name]) is int and state[name] < 0]
-    wrong += [name for name in names if name == "history" and not all(isinstance(record, dict) for record in state[name])]
+    wrong += [name for name in names if type(state[name]) is int and not 0 <= state[name] < 2**32]
+    if not wrong and "history" in names and not all(isinstance(record, dict) for record in state["history"]):
+        wrong.append("history")
     return f"its {', '.join(wrong)} cannot be right" if wrong else ""
 
 
@@ -290,13 +284,12 @@ def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
     """A state dict of tensors that can be copied into weights, without `module.` in front of their names."""
 
-    def is_weight(name: Any, value: Any) -> bool:
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
-        return isinstance(name, str) and plain and not value.is_quantized
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)
 
-    if isinstance(found, dict) and all(is_weight(name, value) for name, value in found.items()):
-        return {name.removeprefix("module."): value for name, value in found.items()}
-    raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_plain(found[name]) for name in found):
+        raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _some(names: list[str]) -> str:
