@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from pcl.errors import RunError
 from pcl.networks import architectures, backbone, has_small_stem, new_network
 from pcl.terminal import leave_on_signals
+
+if TYPE_CHECKING:
+    from pcl.builder import MoCo
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -166,6 +169,35 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
     _load_exactly(path, model, weights, "the options (--mlp, --low-dim, --pcl-r, --small-stem?)")
     _rehearse_step(path, state["optimizer"], model.parameters())
     return state
+
+
+def load_init(path: str | Path, model: MoCo, arch: str) -> bool:
+    """Load both encoders of a new run from a checkpoint of PCL or MoCo, or from a torchvision state dict.
+
+    Returns:
+        whether the head was loaded too; one of another size keeps its random weights.
+
+    Raises:
+        CheckpointError: also if the architecture or a key or shape of the backbone differs, or a weight is not finite.
+    """
+    state = load(path)
+    if state.get("arch", arch) != arch:
+        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
+    weights = _weights(path, state.get("state_dict", state.get("model", state)))
+    heads = []
+    for name, encoder in (("encoder_q.", model.encoder_q), ("encoder_k.", model.encoder_k)):
+        # A state dict of torchvision has one network; so may a checkpoint from which the key encoder was removed.
+        prefix = next((p for p in (name, "encoder_q.") if any(n.startswith(p) for n in weights)), "")
+        own = {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
+        found = {n.removeprefix("fc."): own.pop(n) for n in list(own) if n.startswith("fc.")}
+        head: Any = encoder.fc
+        encoder.fc = nn.Identity()
+        _load_exactly(path, encoder, own, f"the options (--arch {arch}, --small-stem?)")
+        encoder.fc = head
+        heads.append({n: v.shape for n, v in found.items()} == {n: v.shape for n, v in head.state_dict().items()})
+        if heads[-1]:
+            _load_exactly(path, head, found, "the head")
+    return all(heads)
 
 
 def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:

@@ -35,7 +35,8 @@ def knn_accuracy(
         k: neighbours; all known images if there are fewer.
         temperature: the smaller, the more the nearest neighbours count.
     """
-    return _vote_accuracy(*_labelled(known, known_label, query, label), k, temperature)
+    known, known_label, query, label = _labelled(known, known_label, query, label)
+    return _vote_accuracy(known, known_label, query, label, k, temperature)
 
 
 def leave_one_out_accuracy(

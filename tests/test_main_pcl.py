@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, assert_same, free_port, run_script, weights
 from PIL import Image
 
@@ -521,6 +522,13 @@ WRONG = {
     "node out of range": ("{images}", "--rank 1", "--rank 1: the nodes of --world-size 1 are 0 to 0"),
     "no such address": ("{images}", "--dist-url localhost:10001", "--dist-url localhost:10001: give tcp://"),
     "no such GPU": ("{images}", "--gpu 0", "--gpu 0: this machine shows 0 GPUs"),
+    "two beginnings": ("{images}", "--init {checkpoint} --resume {checkpoint}", "--init begins a new run, --resume goes on"),
+    "weights of another network": (
+        "{images}",
+        "--init {checkpoint} -a resnet18",
+        "--init: {checkpoint} holds a shufflenet_v2_x0_5",
+    ),
+    "no weights to begin with": ("{images}", "--init nothing.pth", "--init: nothing.pth: no such file"),
     "a misspelt option": ("{images}", "--aug_plus", "--aug_plus"),
 }
 
@@ -647,3 +655,42 @@ def test_reduced_precision_gives_almost_the_same_losses(image_folder, tmp_path):
         losses.append([r["loss"] for r in records_of(tmp_path / str(len(losses))) if "seconds" in r])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.1)
     assert losses[2] == pytest.approx(losses[0], rel=0.05)
+
+
+def encoders(path):
+    state = load(path)["state_dict"]
+    prefixes = ("module.encoder_q.", "module.encoder_k.")
+    return [{n.removeprefix(p): v for n, v in state.items() if n.startswith(p)} for p in prefixes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["another size of the head", "a checkpoint", "a state dict", "its query encoder"])
+def test_a_run_may_begin_with_weights_of_another(image_folder, finished, tmp_path, capsys, source):
+    path, given = tmp_path / "given.pth", load(finished / "checkpoint_0002.pth.tar")
+    query, key = encoders(finished / "checkpoint_0002.pth.tar")
+    if source == "a state dict":
+        torch.save(query, path)
+    else:
+        kept = {n: v for n, v in given["state_dict"].items() if source != "its query encoder" or ".encoder_q." in n}
+        torch.save(given | {"state_dict": kept}, path)
+    options = ["--low-dim", 8] if source == "another size of the head" else []
+    # Without a learning rate the query encoder keeps its weights, and a key encoder that equals it too.
+    run(image_folder, "--exp-dir", tmp_path / "run", "--init", path, "--epochs", 1, "--lr", 1e-30, "--wd", 0, *options)
+    assert (f"note: --init {path}: its head does not fit" in capsys.readouterr().out) == bool(options)
+    state = load(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    assert state["epoch"] == 1
+    assert not torch.equal(state["state_dict"]["module.queue"][:, :8], given["state_dict"]["module.queue"][:8, :8])
+    found_query, found_key = encoders(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    names = [n for n, _ in torchvision.models.shufflenet_v2_x0_5().named_parameters() if not n.startswith("fc.")]
+    head = [n for n in query if n.startswith("fc.")]
+    for name in names + ([] if options else head):
+        assert torch.equal(found_query[name], query[name]), name
+        expected = key[name] if source in ("a checkpoint", "another size of the head") else query[name]
+        torch.testing.assert_close(found_key[name], 0.9**3 * expected + (1 - 0.9**3) * query[name])
+
+
+@pytest.mark.slow
+def test_a_fixed_phi_is_the_temperature(image_folder, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "--epochs", 2, "--fixed-phi", "--temperature", 0.3)
+    for granularity in load(tmp_path / "e_step.pth.tar")["granularities"]:
+        assert granularity["concentration"].unique().tolist() == pytest.approx([0.3])
