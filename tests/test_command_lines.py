@@ -591,7 +591,7 @@ def test_what_is_spoilt_there_starts_as_it_is(module, tree):
         assert end_of(module, line)[0] is None, options
 
 
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("pcl/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("img/*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("pcl/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("img/*.py")])
 
 
 def name_of(node):
