@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
-import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
+from pcl.run import report
 from pcl.run.monitor import save_e_step
 
 
@@ -159,7 +159,7 @@ def test_no_setting_of_matplotlib_keeps_pictures_from_being_drawn(tmp_path, rc):
 
 def test_a_finished_run_stays_finished_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pcl.figures", None)
-    main_pcl.draw_pictures(tmp_path)
+    report.draw_pictures(tmp_path)
     assert "pictures could not be drawn" in capsys.readouterr().out
 
 
