@@ -1,6 +1,9 @@
 """The rules of the layout: what may import what, where options may be read, how long a file may be."""
 
 import ast
+import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -62,3 +65,38 @@ def test_no_import_is_a_circle():
 
     for name in modules:
         visit(name, [])
+
+
+LIGHT = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torchvision", "PIL", "sklearn", "scipy", "tqdm", "matplotlib", "joblib"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from pcl import clustering, losses, metrics
+rows = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
+found = clustering.cluster_all(rows, [3, 5], temperature=0.2)
+loss, _ = losses.prototype_loss(rows[:4], torch.arange(4), found, r=2)
+assert loss.isfinite()
+print(metrics.knn_accuracy(rows, torch.arange(40) % 2, rows, torch.arange(40) % 2, k=1))
+"""
+
+
+def test_clustering_losses_and_metrics_need_torch_faiss_and_numpy_alone():
+    command = [sys.executable, "-c", LIGHT]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (ended.stdout, ended.returncode) == ("1.0\n", 0), ended.stderr
+
+
+def test_the_requirements_are_those_of_the_package_and_its_scripts():
+    def names(lines):
+        return {re.sub(r"[\"'\s]", "", line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()}
+
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = [re.search(rf"^{name} = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1] for name in ("dependencies", "scripts")]
+    wanted = re.findall(r'"([^"]*)"', "".join(listed))
+    assert names(wanted) == names((ROOT / "requirements.txt").read_text().splitlines())

@@ -123,7 +123,7 @@ def read_images(parser: Parser, args: Namespace, plan: Plan, images: IndexedFold
 
 def describe_files(*folders: IndexedFolder) -> str:
     """Number and fingerprint of the images, by which a resumed run knows them again."""
-    return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
+    return " and ".join(f"{len(images)} images ({images.fingerprint():08x})" for images in folders)
 
 
 def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
@@ -135,7 +135,7 @@ def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
 
 def check_same_images(images: IndexedFolder) -> None:
     """RunError unless all processes, on all nodes, found the same images; every rank must call it."""
-    if not equal_on_all_ranks(images.digest()):
+    if not equal_on_all_ranks(images.fingerprint()):
         raise RunError(
             f"the processes found different images in {images.root}; give every node the same files, and start again"
         )

@@ -27,6 +27,7 @@ def terms_of(epoch: int, args: Namespace, plan: Plan) -> dict[str, Any]:
     names = ["warmup_epoch"]
     if epoch >= args.warmup_epoch:
         names += ["num_cluster", "kmeans_every", "kmeans", "kmeans_tf32", "temperature", "image_size", "augment_on", "amp"]
+        names += ["fixed_phi"] if args.fixed_phi else []  # an option of later versions
     terms = {"batch": plan.global_batch, "files": plan.files, "seed": plan.seed} | {name: getattr(args, name) for name in names}
     return {name: str(value) for name, value in terms.items()}
 
@@ -61,9 +62,10 @@ class Progress:
             Exception: of any kind, if the state is not one that a run writes.
         """
         epoch, steps = state["epoch"], state["steps"]
-        if "terms" not in state and steps:
-            raise ValueError("steps without terms")
-        if "terms" not in state or dict(state["terms"]) != terms_of(epoch, args, plan):
+        terms = dict(state.get("terms", {}))
+        if (steps and not terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
+            raise ValueError("no terms, or other ones than a run writes")
+        if terms != terms_of(epoch, args, plan):
             return cls(epoch)
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
         wanted = args.num_cluster if epoch >= args.warmup_epoch else []

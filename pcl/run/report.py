@@ -38,7 +38,7 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     where = f"in {len(images.classes)} folders of {plan.images}" if images.classes else f"without labels in {plan.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
-    for line in images.remarks() if is_main() else []:
+    for line in images.layout_notes() if is_main() else []:
         log(line)
     if args.fit:
         chosen = [f"--{name.replace('_', '-')} {str(getattr(args, name)).strip('[]').replace(' ', '')}" for name in FITTED]
