@@ -64,7 +64,7 @@ from torchvision import transforms
 
 from demo import ARCH, ROOT, script
 from pcl import checkpoint, networks
-from pcl.augment import TwoViews
+from pcl.augment import Augmentation
 from pcl.checkpoint import LAST_E_STEP
 from pcl.clustering import Clustering, cluster
 from pcl.distributed import available_cores, seed_everything
@@ -545,8 +545,8 @@ def gradient_ratio(command: list[str], trained: Path, batches: int = 20) -> floa
     """
     args = main_pcl.get_parser().parse_args(command)
     seed_everything(args.seed)
-    view = main_pcl.RecipeView(args.image_size, args.aug_plus)
-    images = IndexedFolder(args.data / "train", TwoViews(view), args.seed, main_pcl.read_tensor)
+    views = Augmentation(args.image_size, args.aug_plus, on_device=True)
+    images = IndexedFolder(args.data / "train", views.two_views, args.seed, views.read)
     loader = make_loader(images, EpochSampler(images, args.seed), args.batch_size, workers=0, drop_last=True)
     model, device = main_pcl.make_model(args), torch.device("cpu")
     weights = checkpoint.load(trained)["state_dict"]
@@ -560,8 +560,8 @@ def gradient_ratio(command: list[str], trained: Path, batches: int = 20) -> floa
         return float(torch.stack([slope.norm() for slope in slopes]).norm())
 
     norms = []
-    for views, index in islice(loader, batches):
-        q, k, queue = model(*(main_pcl.images_of(view, device, args) for view in views))
+    for pair, index in islice(loader, batches):
+        q, k, queue = model(*(views.apply(view, device) for view in pair))
         instance = F.cross_entropy(*instance_logits(q, k, queue, args.temperature))
         prototype, _ = prototype_loss(q, index, clusterings, args.pcl_r, args.mask_duplicates)
         norms.append([norm(instance + args.proto_weight * prototype), norm(instance)])

@@ -33,7 +33,7 @@ class Batches:
         for _ in range(2):
             views = [pinned(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)) for _ in range(2)]
             if self.args.augment_on == "device":
-                view = augment.RecipeView(32, self.args.aug_plus)
+                view = augment.DeferredView(32, self.args.aug_plus)
                 views = [(crops, torch.tensor([view.draw() for _ in crops])) for crops in views]
             self.witness.waits.clear()
             self.witness.operations = 0
