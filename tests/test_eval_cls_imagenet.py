@@ -12,7 +12,7 @@ from conftest import run_script, save_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_cls_imagenet
-from eval_cls_imagenet import Probe, first_difference, share_of_labels, validate
+from eval_cls_imagenet import Probe, first_difference, label_subset, validate
 from pcl.augment import center_view, normalize
 from pcl.checkpoint import load
 from pcl.features import extract_features
@@ -240,12 +240,12 @@ def test_two_ranks_validate_exactly_each_image_once(six_classes, pretrained, tmp
 @pytest.mark.parametrize(("percent", "each"), [(100, 10), (50, 5), (1, 1), (34, 3)])
 def test_few_labels_are_a_seeded_share_of_each_class(percent, each):
     labels = np.repeat(np.arange(4), 10)
-    chosen = share_of_labels(labels, percent, seed=1)
+    chosen = label_subset(labels, percent, seed=1)
     assert np.bincount(labels[chosen]).tolist() == [each] * 4
     assert len(set(chosen)) == len(chosen)
-    np.testing.assert_array_equal(chosen, share_of_labels(labels, percent, seed=1))
+    np.testing.assert_array_equal(chosen, label_subset(labels, percent, seed=1))
     if percent == 50:
-        assert not np.array_equal(chosen, share_of_labels(labels, percent, seed=2))
+        assert not np.array_equal(chosen, label_subset(labels, percent, seed=2))
 
 
 def test_two_event_files_of_the_same_second_are_two(tmp_path, monkeypatch):
