@@ -209,7 +209,7 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
     for images in (train_set, val_set):
         inputs.check_same_images(images)
-        for line in images.remarks() if is_main() else []:
+        for line in images.layout_notes() if is_main() else []:
             log(line)
 
     # Center crops through a frozen network: the features of the validation images are the same at every epoch.

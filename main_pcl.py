@@ -1,6 +1,6 @@
 """Pre-train an image encoder with Prototypical Contrastive Learning, on the images of DIR/train/<class>/, DIR/<class>/ or DIR.
 
-PCL v2 on ImageNet, one node with eight GPUs (PCL v1: without --mlp --aug-plus --cos):
+PCL v2 on ImageNet, one node with eight GPUs (PCL v1: --temperature 0.1, without --mlp --aug-plus --cos):
 
     python main_pcl.py DIR -a resnet50 --lr 0.03 --batch-size 256 --temperature 0.2 --mlp --aug-plus --cos --exp-dir pcl_v2
 
@@ -26,18 +26,16 @@ from pcl import checkpoint, networks
 from pcl.augment import Augmentation
 from pcl.builder import MoCo, split_batch_norm
 from pcl.clustering import Clustering, cluster_all
-from pcl.distributed import gather_interleaved, get_rank, is_main, seed_everything, shared_map, sum_over_ranks, wait_for_all
-from pcl.errors import RunError
+from pcl.distributed import gather_interleaved, get_rank, is_main, seed_everything, shared_map, wait_for_all
 from pcl.features import extract_share
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, launch, monitor, options, preflight, report
 from pcl.run.logs import EpochLog, RunLog, log, track
-from pcl.run.monitor import Monitor
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress, rehearse
 from pcl.sharded import cluster_all_sharded
-from pcl.terminal import leave_on_signals, warn
+from pcl.terminal import leave_on_signals
 
 
 def get_parser() -> options.Parser:
@@ -77,7 +75,7 @@ def get_parser() -> options.Parser:
 
 def main() -> None:
     parser = get_parser()
-    args = parser.parse_args()
+    args = options.parse_fitted(parser)
     plan = check(parser, args)
     if plan.epoch >= args.epochs:
         log(f"nothing is left to do: {plan.resume} has all of its {args.epochs} epochs")
@@ -89,8 +87,8 @@ def check(parser: options.Parser, args: argparse.Namespace) -> Plan:
     """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
     plan = preflight.check_launch(parser, args)
     images = inputs.open_folder(parser, args.data, "train", labelled=False)
-    plan = replace(plan, images=images.root)
-    preflight.check_number(parser, args, plan, len(images))
+    plan = replace(plan, images=images.root, num_images=len(images))
+    preflight.check_number(parser, args, plan)
     views = 2 * 3 * args.batch_size * args.image_size**2
     for wrong, message in (
         (args.pcl_r < plan.global_batch,
@@ -118,15 +116,10 @@ def check(parser: options.Parser, args: argparse.Namespace) -> Plan:
     with networks.without_numbers():
         model = make_model(args)
     preflight.check_lone_image(parser, args, plan, model)
-    plan, state, notes = preflight.find_run(parser, args, plan, model)
-    for note in notes:  # printed last: an error must be the only line
-        warn(note)
+    plan, state = preflight.find_run(parser, args, plan, model)
     if plan.epoch < args.epochs:
-        val = monitor.val_folder(args, plan)
-        (images, *_), unreadable = inputs.leave_out_unreadable(parser, args, plan.place, images, *([val] if val else []))
-        preflight.check_number(parser, args, plan, len(images))
-        files = inputs.describe_files(images)
-        plan = replace(plan, num_images=len(images), files=files, unreadable=unreadable)
+        plan = inputs.read_images(parser, args, plan, images, monitor.val_folder(args, plan))
+        preflight.check_number(parser, args, plan)
         rehearse(parser, args, plan, state)
     return plan
 
@@ -150,7 +143,7 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     progress, plan = Progress.resume(wrapped, optimizer, args, plan)
     report.settings(args, plan, train_set, len(train_loader), device, record)
-    watcher = Monitor(train_set, monitor.val_loader(args, plan), args.monitor_freq, record)
+    watcher = monitor.Monitor(train_set, monitor.val_loader(args, plan), args.monitor_freq, record)
 
     for epoch in range(progress.epoch, args.epochs):
         seed_everything(plan.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
@@ -158,23 +151,20 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
             progress.clusterings = e_step(model, center_loader, epoch, args, plan, record, watcher)
             save(wrapped, optimizer, progress, args, plan)
         elif epoch < args.warmup_epoch and progress.steps == 0 and watcher.is_due(epoch):
-            features, seen = momentum_features(model, center_loader, epoch, args, plan, "monitor")
-            watcher.measure(epoch, model, features, seen, [])
-            monitor.save_e_step(args.exp_dir, epoch, features, seen, [], train_set)
+            measure(model, center_loader, epoch, args, plan, watcher)
         with launch.watch.finish_before_leaving():
             means = m_step(wrapped, train_loader, optimizer, progress, args, plan, record)
             progress = progress.next(args)
             save(wrapped, optimizer, progress, args, plan, finished=True)
             if progress.epoch < args.epochs and launch.watch.last_vote():
                 launch.watch.leave_saved()
-        if epoch == plan.epoch:
-            report.advise(means, args)
+        report.advise(means, args, first=epoch == plan.epoch)
     if is_main() and args.monitor_freq:
         report.draw_pictures(args.exp_dir)
 
 
 def e_step(
-    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, record: RunLog, watcher: Monitor
+    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, record: RunLog, watcher: monitor.Monitor
 ) -> list[Clustering]:
     """Cluster the momentum features of every training image at each granularity."""
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
@@ -197,6 +187,15 @@ def e_step(
     return clusterings
 
 
+def measure(
+    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, watcher: monitor.Monitor
+) -> None:
+    """Measure whether it learns during warm-up, where there are no clusters yet."""
+    features, seen = momentum_features(model, loader, epoch, args, plan, "monitor")
+    watcher.measure(epoch, model, features, seen, [])
+    monitor.save_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
+
+
 def momentum_features(
     model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, label: str
 ) -> tuple[Tensor, range]:
@@ -210,23 +209,16 @@ def momentum_features(
     own = indices_of_rank(num_images)
     with autocast(args, device):
         features = extract_share(model, track(loader, label), len(own), device)
-    if int(sum_over_ranks((~features.sum(dim=1).isfinite()).sum())):
-        advice = report.remedy(args, plan, epoch, step=1)
-        raise RunError(f"{label}: features of images are not finite numbers, {advice}")
+    report.check_features(features, label, epoch, args, plan)
     if args.kmeans == "sharded":
         return features, own
     return gather_interleaved(features, num_images), range(num_images)
 
 
 def m_step(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    args: argparse.Namespace,
-    plan: Plan,
-    record: RunLog,
-) -> dict[str, float]:
+    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, progress: Progress, args: argparse.Namespace,
+    plan: Plan, record: RunLog
+) -> dict[str, float]:  # fmt: skip
     """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from where it stands; the means of its losses."""
     epoch, clusterings, meters = progress.epoch, progress.clusterings, progress.meters
     device, lr = model.module.queue.device, options.set_learning_rate(optimizer, args, epoch)
@@ -269,34 +261,25 @@ def m_step(
 
 
 def save(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    args: argparse.Namespace,
-    plan: Plan,
-    finished: bool = False,
-) -> None:
+    model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, args: argparse.Namespace, plan: Plan,
+    finished: bool = False
+) -> None:  # fmt: skip
     """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
 
     Args:
         progress: in the epoch to go on with.
         finished: the epoch before it has just been finished; it is kept if its number says so.
     """
-    done, epoch = progress.state_over_ranks(args, plan), progress.epoch
+    done = progress.state_over_ranks(args, plan)
     if not is_main():
         return
-    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
-        advice = report.remedy(args, plan, epoch - (progress.steps == 0))
-        raise RunError(f"weights are not finite numbers after epoch {epoch}, {advice}")
+    report.check_weights(model, progress, args, plan)
     state = {**done, "arch": args.arch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": plan.settings(args)}
-    last = args.exp_dir / checkpoint.LAST
-    if finished and (epoch % args.save_freq == 0 or epoch == args.epochs):
-        checkpoint.save(args.exp_dir / f"checkpoint_{epoch - 1:04d}.pth.tar", state)
-        last.unlink(missing_ok=True)
-        checkpoint.prune(args.exp_dir, args.keep, args.keep_every)
+    if finished and (progress.epoch % args.save_freq == 0 or progress.epoch == args.epochs):
+        checkpoint.save_numbered(args.exp_dir, state, args.keep, args.keep_every)
     elif finished or args.save_steps:
-        checkpoint.save(last, state)
+        checkpoint.save(args.exp_dir / checkpoint.LAST, state)
 
 
 def make_model(args: argparse.Namespace) -> MoCo:

@@ -11,8 +11,8 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon,
 from PIL import Image
 from sklearn.cluster import KMeans
 
+from pcl.augment import random_view
 from pcl.figures import COLORS
-from pcl.loader import random_view
 from pcl.samples import SOURCE
 
 QUERY, KEY, INK, GRADIENT = COLORS[0], COLORS[4], "#222222", COLORS[1]

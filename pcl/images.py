@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -19,27 +19,23 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pcl.errors import RunError
 
-Image.init()  # every plugin of Pillow
-# Only what decodes pixels by itself: Pillow hands EPS to Ghostscript, for one. The last has no magic number.
-FORMATS: list[str] = [
-    name
-    for name in ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "TGA")
-    if name in Image.OPEN
-]
-# An MPO is opened as the JPEG that it begins with. A PFM holds floating-point numbers of no known range.
+Image.init()  # registers every plugin of Pillow
+# What Pillow decodes by itself; it hands EPS to Ghostscript, for example. TGA has no magic number and comes last.
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "TGA"]
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # some builds lack a few
+# An MPO opens as the JPEG that it begins with. A PFM holds floating-point numbers of unknown range.
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in [*FORMATS, "MPO"]} - {".pfm"}
-# What systems put among a user's files without a dot (Linux, macOS, Windows, the storage of Synology and QNAP); in lower case.
+# Names without a dot that Linux, macOS, Windows, Synology and QNAP leave among a user's files, in lower case.
 SYSTEM = {
     "lost+found", "__macosx", "icon\r", "network trash folder", "temporary items",
     "system volume information", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini",
     "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
 }  # fmt: skip
 
-# Pillow's limits are for files from strangers: they refuse whole pixels and warn of large images, also when a part is cut
-# out. It knows no others than those of the whole process, so that they hold beside this package too.
+# Pillow's limits guard against strangers' files, and can be set for the whole process only.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB
-# Instead, what memory would not hold: decoding and conversion take up to 8 bytes a pixel.
+# Decoding and conversion take up to 8 bytes a pixel.
 MOST_PIXELS = min(2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
 
 
@@ -47,90 +43,86 @@ class UnreadableImageError(RunError, OSError):
     """An image file that cannot be decoded; the message names it."""
 
     def __str__(self) -> str:
-        # A loader's worker puts its traceback before the message, up to the class's name.
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()  # without a loader worker's traceback
 
 
 class Listing(NamedTuple):
-    """What a folder holds, without what is hidden."""
+    """What a folder holds, without hidden files."""
 
     folders: list[str]  # paths, sorted
-    images: list[str]  # names, sorted; a link to nowhere that is called like an image counts as one
-    others: Counter[str]  # how many files of each other ending, in lower case
+    images: list[str]  # paths; a broken link with an image's ending counts as one
+    others: Counter[str]  # number of other files by ending, in lower case
 
 
 def list_folder(folder: str | Path) -> Listing:
-    """List a folder. What begins with a dot (macOS leaves `._photo.jpg` beside photos) or is a system's is hidden."""
-    folders, images, others = [], [], Counter[str]()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name.lower()
-            if name.startswith(".") or name in SYSTEM:
-                continue
-            _, dot, ending = name.rpartition(".")
-            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                folders.append(entry.path)
-            elif dot + ending in ENDINGS:
-                images.append(entry.name)
-            else:
-                others[f".{ending}" if dot else "without ending"] += 1
-    return Listing(sorted(folders), sorted(images), others)
+    """List a folder. Names that begin with a dot (macOS's `._photo.jpg`) or that systems leave behind are hidden."""
+    _, *found = next(os.walk(folder, onerror=_raise))
+    folders, files = ([name for name in names if name[0] != "." and name.lower() not in SYSTEM] for names in found)
+    endings = [os.path.splitext(name)[1].lower() for name in files]
+    images = [os.path.join(folder, name) for name, ending in zip(files, endings, strict=True) if ending in ENDINGS]
+    others = Counter(ending or "without ending" for ending in endings if ending not in ENDINGS)
+    return Listing(sorted(os.path.join(folder, name) for name in folders), images, others)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def holds_images(folder: str | Path) -> bool:
     """Whether an image lies in the folder or below."""
-    return any(listing.images for _, listing in _walk(str(folder)))
+    return any(listing.images for listing in _walk(str(folder)))
 
 
 def find_images(folder: str | Path, others: Counter[str] | None = None) -> list[str]:
-    """Paths of the images in the folder and below, in torchvision's order; other files are added to `others`.
+    """Paths of the images in the folder and below, in torchvision's order; counts other files in `others`.
 
-    Links are followed, but not back to a folder that they lie in.
+    Follows links, except back to a folder that they lie in.
     """
-    found = sorted(_walk(str(folder)), key=lambda pair: pair[0])
-    if others is not None:
-        for _, listing in found:
+    paths: list[str] = []
+    for listing in _walk(str(folder)):
+        paths += listing.images
+        if others is not None:
             others.update(listing.others)
-    return [os.path.join(place, name) for place, listing in found for name in listing.images]
+    return sorted(paths, key=os.path.split)
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, Listing]]:
-    """The folder and each below it, with what it holds."""
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Listing]:
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
-    if identity in above:  # a link in a circle
-        return
-    listing = list_folder(folder)
-    yield folder, listing
-    for path in listing.folders:
-        yield from _walk(path, above | {identity})
+    if identity not in above:  # not a link in a circle
+        yield (listing := list_folder(folder))
+        for path in listing.folders:
+            yield from _walk(path, (*above, identity))
 
 
 def in_words(others: Counter[str]) -> str:
     """Files by ending, the most frequent first: "12 .heic, 3 .txt"."""
-    words = [f"{number} {ending}" for ending, number in others.most_common(8)]
-    rest = others.total() - sum(number for _, number in others.most_common(8))
-    return ", ".join(words + [f"{rest} of other endings"] * bool(rest))
+    most = others.most_common(8)
+    rest = others.total() - sum(number for _, number in most)
+    return ", ".join([f"{number} {ending}" for ending, number in most] + [f"{rest} of other endings"] * bool(rest))
 
 
 def tell_left_out(others: Counter[str]) -> str:
-    """The end of an error about a folder without images: what was found instead, and what is read."""
+    """The end of an error about a folder without images: which files it has, and which endings are read."""
     return f"; {in_words(others)} there are left out: what is read ends in {', '.join(sorted(ENDINGS))}" if others else ""
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image as RGB, upright; of several frames the first. UnreadableImageError if it cannot be decoded whole."""
+    """The first frame as upright RGB; UnreadableImageError if it cannot be decoded whole."""
     with _opened(path) as image:
         return _upright_rgb(image)
 
 
 def read_tensor(path: str | Path) -> Tensor:
-    """The same as (3, H, W) uint8; a JPEG by torchvision's decoder, which is faster."""
+    """The same as (3, H, W) uint8; uses torchvision's faster decoder for JPEG."""
     with _opened(path) as image:
-        # Only where both give the same bytes: torchvision turns no WebP upright, for one, and leaves 16 bits.
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and not _is_turned(image):
-            with suppress(RuntimeError):  # PIL may know better, or say what is wrong
-                return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+        # Only where both give the same bytes: torchvision turns no WebP upright, for example, and keeps 16 bits.
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            with suppress(
+                Exception
+            ):  # EXIF data without sense, or pixels that only Pillow reads: it may also say what is wrong
+                if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                    return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
         return pil_to_tensor(_upright_rgb(image))
 
 
@@ -143,59 +135,48 @@ def why_unreadable(path: str | Path) -> str:
     return ""
 
 
+def bits_used(path: str | Path) -> int:
+    """Bits that the largest value of an image with 16 bits a channel needs; 0 for other images."""
+    with _opened(path) as image:
+        if ";16" not in str(image.tile):
+            return 0
+        pixels = np.asarray(image)
+        low = 8 if pixels.ndim == 3 else 0  # of colors, Pillow keeps the high byte alone
+        return low + int(pixels[..., :3].max() if low else pixels.max()).bit_length()
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
-    """The opened file; whatever goes wrong inside is an UnreadableImageError."""
+    """The opened file. Any error inside becomes an UnreadableImageError."""
     try:
-        if not stat.S_ISREG(kind := os.stat(path).st_mode) and not stat.S_ISDIR(kind):  # reading a pipe would wait for ever
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):  # reading a pipe would wait for ever
             raise ValueError("it is a pipe, a socket or a device, not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than memory could hold")
             yield image
-    except Exception as error:  # Pillow's decoders raise errors of many kinds, the same remedy for all
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableImageError(f"cannot read the image {path}: {_reason(error)}; mend or remove the file") from error
 
 
-def bits_used(path: str | Path) -> int:
-    """Of an image that stores 16 bits for each channel: how many its largest value needs. 0 for another."""
-    with _opened(path) as image:
-        if ";16" not in str(image.tile):
-            return 0
-        pixels = np.asarray(image)
-        if pixels.ndim == 3:  # Pillow keeps the high byte of each channel
-            return 8 + int(pixels[..., :3].max()).bit_length()
-        return int(pixels.max()).bit_length()
-
-
 def _reason(error: BaseException | None) -> str:
-    """One line that does not repeat the file's name."""
+    """One line without the file's name."""
     if isinstance(error, FileNotFoundError):
         return "no such file (removed meanwhile, or a link to nowhere)"
     if isinstance(error, UnidentifiedImageError):
         return "it is empty, or no image of a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether its EXIF data ask for it to be turned to stand upright."""
-    with suppress(Exception):  # such data need not make sense
-        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return False
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image."""
     white = 4095 if "I;12" in str(getattr(image, "tile", "")) else 65535  # a TIFF may say that it has 12 bits
     image.load()
-    with suppress(Exception):  # EXIF data that make no sense turn nothing
+    with suppress(Exception):  # EXIF data need not make sense
         ImageOps.exif_transpose(image, in_place=True)
-    # Pillow's own conversion of these cuts off at 255, which leaves white. A PGM, or an older Pillow's PNG, has 16 bits in I.
+    # Pillow's own conversion clips 16 bits at 255. A PGM, or the PNG of an older Pillow, has its 16 bits in mode I.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
         image = Image.fromarray(np.rint(np.asarray(image) / (white / 255)).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are signed, 32-bit or floating-point numbers of no known range; save it with 8 or 16 bits")
-    image.info.pop("transparency", None)  # is dropped, as published; Pillow would warn of that
+    image.info.pop("transparency", None)  # Pillow would warn that it is dropped, as in the published program
     return image.convert("RGB")

@@ -1,7 +1,7 @@
-"""Images: an indexed folder, the two random views of training, the center crop of the E-step.
+"""An indexed folder of images, and loaders of it whose random numbers can be repeated.
 
-What is drawn at random for an image depends on the seed, the epoch and the image's index alone, so that a run does not
-depend on the number of loader workers and an epoch can be repeated.
+The random numbers of an image depend on the seed, the epoch and its index alone: runs do not depend on the number of
+loader workers, and an epoch can be repeated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from pcl.images import (  # noqa: F401  people look for both readers beside the 
 from pcl.terminal import shielded
 
 FEWER = "fewer loader processes, or none (-j 0; of eval_svm_voc.py: --num-workers 0)"
-REMEDIES = {  # of what goes wrong in loading, by the words of the error, which may be a worker's
+REMEDIES = {  # by the words of an error in loading, which may be a worker's
     "shared memory|No space left|Bus error": (
         f"/dev/shm, by which loader processes send batches, is full: enlarge it (docker run --shm-size=8g), or take {FEWER}"
     ),
@@ -61,22 +61,22 @@ REMEDIES = {  # of what goes wrong in loading, by the words of the error, which 
 
 
 class IndexedFolder(Dataset):
-    """Images of `root/<class>/..`, in torchvision's order, each with its index.
+    """Images of `root/<class>/...`, in torchvision's order, each with its index.
 
-    Where images lie in `root` itself, there are no classes: all images below it are one set without labels. Links are
-    followed; hidden files and folders are left out. `left_out` counts the other files, by ending.
+    If images lie in `root` itself, all images below it are one set without classes. Links are followed; hidden files and
+    folders are left out. `left_out` counts other files by ending.
 
     Args:
         root: the folder.
-        transform: from what `read` gives to what is returned.
-        seed: of what the transform draws.
-        read: from a path to an image; by default PIL's, in RGB.
+        transform: maps what `read` returns to an item.
+        seed: of the transform's random numbers.
+        read: maps a path to an image; by default a PIL image in RGB.
         skip: paths of images to leave out, as `path` gives them.
 
-    `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` those of epoch 0.
+    `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` means epoch 0.
 
     Raises:
-        FileNotFoundError: no folder, or no image in it.
+        FileNotFoundError: no such folder, or no image in it.
         OSError: a folder that cannot be listed.
         UnreadableImageError: on reading an image.
     """
@@ -89,81 +89,36 @@ class IndexedFolder(Dataset):
         read: Callable[[str], Any] = read_image,
         skip: Collection[str] = (),
     ) -> None:
-        self.root = Path(root)
-        self.classes: list[str] = []  # none: without labels
-        listing, self.left_out = list_folder(root), Counter[str]()
-        if listing.images:
-            found = [find_images(root, self.left_out)]
-        else:
-            self.left_out += listing.others
-            self.classes = [os.path.basename(folder) for folder in listing.folders]
-            found = [find_images(folder, self.left_out) for folder in listing.folders]
+        self.root, self.transform, self.seed, self.read = Path(root), transform, seed, read
+        listing = list_folder(root)
+        flat = bool(listing.images)
+        self.classes = [] if flat else [os.path.basename(folder) for folder in listing.folders]
+        self.left_out = Counter() if flat else listing.others
+        found = [find_images(folder, self.left_out) for folder in ([root] if flat else listing.folders)]
         if not any(found):
             told = f"no image in {root}/<class>/; put JPEG, PNG or other images there"
             raise FileNotFoundError(told + tell_left_out(self.left_out))
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])  # (N,)
-        # An array, since a worker's reading of a list's strings copies them all into its memory, page by page.
+        # Not a list: reading its strings would copy them all into each worker's memory.
         self._paths = np.array([os.fsencode(path) for paths in found for path in paths])  # (N,) bytes
         if skip:
             kept = ~np.isin(self._paths, [os.fsencode(path) for path in skip])
             self._paths, self.labels = self._paths[kept], self.labels[kept]
-        self.transform, self.seed, self.read = transform, seed, read
 
     def with_transform(self, transform: Callable[[Any], Any]) -> IndexedFolder:
-        """The same images, otherwise transformed."""
+        """The same images with another transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
     def subset(self, index: np.ndarray) -> IndexedFolder:
-        """The images of these indices alone; they are counted anew, from 0."""
+        """The images of these indices, counted anew from 0."""
         other = copy.copy(self)
         other._paths, other.labels = self._paths[index], self.labels[index]
         return other
 
     def __len__(self) -> int:
         return len(self._paths)
-
-    def path(self, index: int) -> str:
-        """Of the image's file."""
-        return os.fsdecode(self._paths[index])
-
-    def digest(self) -> int:
-        """A number that is most likely another one for other images: of their names below the root, in order, and sizes.
-
-        Sizes are asked of a thousand files at most: for a million, a network's file system would take minutes.
-        """
-        names = b"\0".join(self._paths.tolist()).replace(os.fsencode(self.root) + b"/", b"")
-        some = self._paths[:: -(-len(self) // 1000)].tolist()
-        return zlib.crc32(repr([os.path.exists(path) and os.path.getsize(path) for path in some]).encode(), zlib.crc32(names))
-
-    def remarks(self) -> list[str]:
-        """Lines for the log on what may have been meant otherwise: files, folders and values of pixels."""
-        lines = [f"data: left out of {self.root}: {in_words(self.left_out)}"] if self.left_out else []
-        return lines + [f"note: {note}" for note in (self._note_on_folders(), self._note_on_bits()) if note]
-
-    def _note_on_bits(self) -> str:
-        """Whether the images use a small part of their 16 bits, as far as some of them show."""
-        looked = np.unique(np.linspace(0, len(self) - 1, 32).astype(int))
-        with suppress(UnreadableImageError):  # training tells
-            bits = bits_used(self.path(0)) and max(bits_used(self.path(i)) for i in looked)
-            if 0 < bits < 15:
-                return (
-                    f"images of {self.root} use {bits} of their 16 bits ({len(looked)} looked at), so that the network sees "
-                    f"about {max(1, 2 ** (bits - 8))} of 256 levels; multiply the values of all images by {2 ** (16 - bits)}, "
-                    f"with ImageMagick: mogrify -evaluate multiply {2 ** (16 - bits)} FILE .."
-                )
-        return ""
-
-    def _note_on_folders(self) -> str:
-        """How labels come from folders that one may have meant otherwise."""
-        depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
-        if not self.classes and depth.max() > 1:
-            return f"images lie in {self.root} itself: those in the folders below it are one set with them, without labels"
-        if self.classes and depth.min() > 2:
-            folders = f"the folders of {self.root} ({len(self.classes)})"
-            return f"the classes are {folders}; all images lie deeper, in folders below them"
-        return ""
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -174,26 +129,53 @@ class IndexedFolder(Dataset):
                 raise UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable") from error
             return self.transform(image), index
 
+    def path(self, index: int) -> str:
+        """Path of an image's file."""
+        return os.fsdecode(self._paths[index])
+
+    def fingerprint(self) -> int:
+        """CRC-32 of the paths below the root and some files' sizes: equal numbers mean the same images."""
+        names = b"\0".join(self._paths.tolist()).replace(os.fsencode(self.root) + b"/", b"")
+        some = self._paths[:: -(-len(self) // 1000)].tolist()  # asking a network's disk for a million takes minutes
+        sizes = [os.path.exists(path) and os.path.getsize(path) for path in some]
+        return zlib.crc32(repr(sizes).encode(), zlib.crc32(names))
+
+    def layout_notes(self) -> list[str]:
+        """Lines for the log on files, folders and pixel values that may not be what the user meant."""
+        lines = [f"data: left out of {self.root}: {in_words(self.left_out)}"] if self.left_out else []
+        depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
+        if not self.classes and depth.max() > 1:
+            told = f"images lie in {self.root} itself: those in the folders below it are one set with them, without labels"
+            lines.append(f"note: {told}")
+        if self.classes and depth.min() > 2:
+            folders = f"the folders of {self.root} ({len(self.classes)})"
+            lines.append(f"note: the classes are {folders}; all images lie deeper, in folders below them")
+        looked = np.unique(np.linspace(0, len(self) - 1, 32).astype(int))
+        with suppress(UnreadableImageError):  # training reports it
+            bits = bits_used(self.path(0)) and max(bits_used(self.path(i)) for i in looked)
+            if 0 < bits < 15:
+                factor = 2 ** (16 - bits)
+                lines.append(
+                    f"note: images of {self.root} use {bits} of their 16 bits ({len(looked)} looked at), so that the network "
+                    f"sees about {max(1, 2 ** (bits - 8))} of 256 levels; multiply the values of all images by {factor}, "
+                    f"with ImageMagick: mogrify -evaluate multiply {factor} FILE ..."
+                )
+        return lines
+
 
 @contextmanager
 def random_numbers_of(*key: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `key`; outside, nothing has happened.
-
-    Only the CPU's: with no loader workers this runs in the training process, whose GPU generator must go on undisturbed.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(*key))
-    try:
+    """Seed torch's CPU generator from `key` inside; restore it afterwards. GPU generators are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(*key))
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 class EpochSampler(DistributedSampler):
-    """This rank's share of an epoch's permutation, as (epoch, index), so that workers that live on know the epoch.
+    """This rank's part of an epoch's permutation, as (epoch, index): workers that live on learn the epoch from it.
 
-    Where the ranks do not divide the images, the last few sit the epoch out rather than count twice. The first `skip` of
-    this rank's images are left out, for a run that goes on in the middle of an epoch.
+    If the ranks do not divide the images, the last few sit the epoch out rather than count twice. `skip` images of this
+    rank are left out at the start, to go on in the middle of an epoch.
     """
 
     skip = 0
@@ -206,14 +188,14 @@ class EpochSampler(DistributedSampler):
 
 
 def indices_of_rank(num_images: int) -> range:
-    """Images rank, rank + W, ..: each exactly once over the ranks."""
+    """Indices rank, rank + W, rank + 2W, ...: each image belongs to exactly one rank."""
     return range(get_rank(), num_images, get_world_size())
 
 
 def make_loader(
     dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False, in_order: bool = True
 ) -> DataLoader:
-    """A DataLoader that draws nothing from the process's random generators; what a user can mend is a RunError."""
+    """A DataLoader that leaves the process's random generators alone. Raises RunError for what the user can mend."""
     return _Loader(
         dataset,
         batch_size=batch_size,
@@ -228,11 +210,12 @@ def make_loader(
     )
 
 
-_MultiProcessingDataLoaderIter._shutdown = True  # one that could not be made has nothing to take apart, and would print that
+# Otherwise an iterator that failed to start prints another error when it is deleted.
+_MultiProcessingDataLoaderIter._shutdown = True
 
 
 class _Loader(DataLoader):
-    """Its workers end with this process, however that ends, and not before: a signal to all is not for them."""
+    """Its workers end with this process, however that ends, and not before: signals to the group do not reach them."""
 
     workers: tuple[Any, ...] = ()
 
@@ -240,12 +223,12 @@ class _Loader(DataLoader):
         try:
             yield from self._start() if self.num_workers else super().__iter__()
         except (Exception, KeyboardInterrupt) as error:
-            codes = []
             for worker in self.workers:
-                worker.join(0.5 / len(self.workers))  # one may be just about to end
-                codes.append(worker.exitcode)
-                worker.kill()  # torch would wait for what it is at, such as an SVM
-            # A worker that could not send a batch tells why by its exit code.
+                worker.join(0.5 / len(self.workers))  # it may be about to end
+            codes = [worker.exitcode for worker in self.workers]
+            for worker in self.workers:
+                worker.kill()  # torch would wait for it to finish its work, such as an SVM
+            # The exit code of a worker that could not send a batch says why.
             told = f"{type(error).__name__}: {error} {[os.strerror(code) for code in codes if code and code > 0]}"
             remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
             if not remedy or (isinstance(error, RunError) and "Too many open files" not in told):
@@ -254,14 +237,14 @@ class _Loader(DataLoader):
 
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
-        multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # slow to import: once, not by each worker
-        util.Finalize(None, _kill_workers, exitpriority=0)  # at its exit, Python would ask them by a signal, and wait
+        multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
+        util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
         try:
             with shielded():
                 return super().__iter__()
         finally:
             self.workers += tuple(set(active_children()) - set(earlier))
-            # torch's handler raises an error wherever the process is, such as inside a save. The next batch tells too.
+            # torch's handler raises an error anywhere, even inside a save. The next batch raises it too.
             if signal.getsignal(signal.SIGCHLD) != handler:
                 signal.signal(signal.SIGCHLD, handler)
 
@@ -273,28 +256,25 @@ def _kill_workers() -> None:
 
 
 def _start_worker(worker: int) -> None:
-    # A copy of what is garbage in its process must not be taken apart here: the group of an earlier run would wait for threads
-    # that were not copied.
+    # Do not collect what the fork copied: destroying an earlier run's process group would wait for threads that are not here.
     gc.freeze()
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
-    if util.abstract_sockets_supported:
-        # Batches are handed over by sockets. These have no file, which would be left, or have too long a path.
+    if util.abstract_sockets_supported:  # batches pass through sockets; these leave no file, and no path is too long
         connection.arbitrary_address = lambda _: f"\0pcl-{uuid.uuid4()}"  # type: ignore[attr-defined]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_unsent(error: Exception, _: Any) -> None:
-    """End a worker that cannot send a batch, for which its process would wait; the exit code tells what was used up."""
+    """End a worker that cannot send a batch, or its process would wait for ever. The exit code says what was used up."""
     os._exit(next((code for code in (errno.EMFILE, errno.ENOSPC) if os.strerror(code) in str(error)), 1))
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that it loads for is gone, which under a fork server is not its parent to the system."""
-    parent = parent_process()
+    """End this worker when the process that it loads for is gone."""
+    parent, above = parent_process(), os.getppid()  # under a fork server they differ
     assert parent
-    is_child = os.getppid() == parent.pid
-    while parent.is_alive() and (os.getppid() == parent.pid) == is_child:
+    while parent.is_alive() and os.getppid() == above:
         parent.join(1)
-    config = current_process()._config  # type: ignore[attr-defined]
-    shutil.rmtree(config.get("tempdir") or "", ignore_errors=True)  # that process's, which cannot remove it any more
+    # The parent's temporary folder, which it could not remove.
+    shutil.rmtree(current_process()._config.get("tempdir") or "", ignore_errors=True)  # type: ignore[attr-defined]
     os._exit(1)

@@ -7,6 +7,7 @@ from pcl.run.preflight import Plan
 from pcl.run.rendezvous import place_of
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
+os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # before TensorBoard's reader imports it, for the logger
 
 import socket
 import sys

@@ -7,6 +7,7 @@ import pytest
 from conftest import GOLDEN, save_result
 from PIL import Image
 
+import main_pcl
 from pcl.checkpoint import CheckpointError
 from pcl.distributed import get_rank
 from pcl.errors import RunError
@@ -284,3 +285,19 @@ def test_processes_that_find_different_images_are_stopped(tmp_path, two_ranks):
         same, other = result["found"]
         assert same == ""
         assert other.startswith(f"the processes found different images in {(one, three)[rank]}; give every node the same files")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--fit 5000", ([125, 250, 500], 512, 64, 0.0075, 0.99, 20)),
+        ("--fit 5000 --epochs 18 -b 128", ([125, 250, 500], 512, 128, 0.015, 0.99, 6)),
+        ("--fit 5000 --lr 0.03 --num-cluster 7", ([7], 512, 64, 0.03, 0.99, 20)),
+        ("--fit 1281167", ([25000, 50000, 100000], 16384, 256, 0.03, 0.999, 20)),  # the published ones
+        ("--fit 100", ([2, 5, 10], 8, 8, 0.03 / 32, 0.99, 20)),
+        ("", ([25000, 50000, 100000], 16384, 256, 0.03, 0.999, 20)),
+    ],
+)
+def test_fit_sets_what_is_not_given_by_the_number_of_images(words, expected):
+    args = options.parse_fitted(main_pcl.get_parser(), ["DIR", *words.split()])
+    assert tuple(getattr(args, name) for name in options.FITTED) == expected

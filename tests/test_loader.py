@@ -144,15 +144,15 @@ def test_images_can_be_left_out(tmp_path):
     assert names_in(folder, tmp_path) == [name for i, name in enumerate(names) if i not in (1, 4)]
     assert folder.labels.tolist() == np.delete(whole.labels, [1, 4]).tolist()
     assert folder.classes == whole.classes
-    assert folder.digest() != whole.digest()
+    assert folder.fingerprint() != whole.fingerprint()
 
 
-def test_the_digest_is_of_the_names_below_the_root(tmp_path):
+def test_the_fingerprint_is_of_the_names_below_the_root(tmp_path):
     for root in ("one", "another place"):
         write(tmp_path / root, *STRANGE)
     write(tmp_path / "third", *STRANGE[:-1], "b/another.png")
-    digests = [IndexedFolder(tmp_path / root, np.asarray).digest() for root in ("one", "another place", "third")]
-    assert digests[0] == digests[1] != digests[2]
+    fingerprints = [IndexedFolder(tmp_path / root, np.asarray).fingerprint() for root in ("one", "another place", "third")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_digest_is_of_the_names_below_the_root(tmp_path):
 def test_labels_that_may_be_meant_otherwise_are_remarked_on(tmp_path, names, remark):
     root = tmp_path / "deep" / "set"
     write(root, *names)
-    assert IndexedFolder(root, np.asarray).remarks() == [f"note: {remark.format(root=root)}"] * bool(remark)
+    assert IndexedFolder(root, np.asarray).layout_notes() == [f"note: {remark.format(root=root)}"] * bool(remark)
 
 
 SYSTEMS = [
@@ -193,18 +193,18 @@ def test_folders_of_systems_hold_no_images_and_are_not_listed(tmp_path, monkeypa
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     folder = IndexedFolder(tmp_path, np.asarray)
-    assert (folder.classes, names_in(folder, tmp_path), folder.remarks()) == (["a", "b"], ["a/0.png", "b/0.png"], [])
+    assert (folder.classes, names_in(folder, tmp_path), folder.layout_notes()) == (["a", "b"], ["a/0.png", "b/0.png"], [])
 
 
 def test_files_that_are_left_out_are_counted_by_ending(tmp_path):
     write(tmp_path, "a/0.jfif", "a/1.GIF", "b/2.png", "b/c/3.Jpe")
-    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
+    assert IndexedFolder(tmp_path, np.asarray).layout_notes() == []
     write(tmp_path, "a/1.heic", "a/2.HEIC", "b/c/3.heic", "labels.csv", "b/README", "b/.hidden.heic", "a/x.tar.gz")
-    (told,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    (told,) = IndexedFolder(tmp_path, np.asarray).layout_notes()
     assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
     assert sorted(told.partition(".heic, ")[2].split(", ")) == ["1 .csv", "1 .gz", "1 without ending"]
     write(tmp_path, *[f"b/{i}.{i}" for i in range(20)])
-    (told,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    (told,) = IndexedFolder(tmp_path, np.asarray).layout_notes()
     assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
     assert told.endswith(", 16 of other endings")
     write(tmp_path, "x.png", "y.heic")  # one set without labels
@@ -215,15 +215,15 @@ def test_few_of_16_bits_are_remarked_on(tmp_path):
     for i in range(40):
         pixels = np.full((4, 6), 4095 if i == 39 else 900, np.uint16)
         Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
-    (note,) = IndexedFolder(tmp_path, np.asarray).remarks()
+    (note,) = IndexedFolder(tmp_path, np.asarray).layout_notes()
     assert note.startswith(
         f"note: images of {tmp_path} use 12 of their 16 bits (32 looked at), so that the network sees about 16 "
     )
     assert "mogrify -evaluate multiply 16 " in note
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "39.png")
-    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
+    assert IndexedFolder(tmp_path, np.asarray).layout_notes() == []
     (tmp_path / "39.png").write_bytes(b"")  # training tells
-    assert IndexedFolder(tmp_path, np.asarray).remarks() == []
+    assert IndexedFolder(tmp_path, np.asarray).layout_notes() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut off"])

@@ -13,7 +13,7 @@ from conftest import ROOT
 import eval_cls_imagenet
 import eval_svm_voc
 import main_pcl
-from pcl import checkpoint, figures, samples
+from pcl import export, figures, samples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
@@ -28,7 +28,7 @@ COMMANDS = {
     "main_pcl.py": main_pcl,
     "eval_svm_voc.py": eval_svm_voc,
     "eval_cls_imagenet.py": eval_cls_imagenet,
-    "-m pcl.checkpoint": checkpoint,
+    "-m pcl.checkpoint": export,
     "-m pcl.figures": figures,
     "-m pcl.samples": samples,
 }

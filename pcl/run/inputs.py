@@ -6,6 +6,7 @@ import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pcl.loader import IndexedFolder
 from pcl.networks import backbone, no_small_stem, takes_small_stem
 from pcl.run.logs import log, track
 from pcl.run.options import Parser
+from pcl.run.preflight import Plan
 from pcl.run.rendezvous import Place
 
 UNREADABLE = "unreadable.txt"
@@ -113,9 +115,15 @@ def leave_out_unreadable(
     return kept, unreadable
 
 
+def read_images(parser: Parser, args: Namespace, plan: Plan, images: IndexedFolder, val: IndexedFolder | None) -> Plan:
+    """The plan with the training images, without those that cannot be read if --skip-unreadable asks for that."""
+    (images, *_), unreadable = leave_out_unreadable(parser, args, plan.place, images, *([val] if val else []))
+    return replace(plan, num_images=len(images), files=describe_files(images), unreadable=unreadable)
+
+
 def describe_files(*folders: IndexedFolder) -> str:
     """Number and fingerprint of the images, by which a resumed run knows them again."""
-    return " and ".join(f"{len(images)} images ({images.digest():08x})" for images in folders)
+    return " and ".join(f"{len(images)} images ({images.fingerprint():08x})" for images in folders)
 
 
 def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
@@ -127,7 +135,7 @@ def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
 
 def check_same_images(images: IndexedFolder) -> None:
     """RunError unless all processes, on all nodes, found the same images; every rank must call it."""
-    if not equal_on_all_ranks(images.digest()):
+    if not equal_on_all_ranks(images.fingerprint()):
         raise RunError(
             f"the processes found different images in {images.root}; give every node the same files, and start again"
         )

@@ -160,6 +160,8 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._logger = None
         if is_main():
+            # Its messages were generated for an old protobuf, which the newer one's Python version still takes.
+            os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
             from tensorboard_logger import Logger  # slow to import
 
             folder.mkdir(parents=True, exist_ok=True)

@@ -169,6 +169,8 @@ def add_speed(parser: Parser) -> None:
 def add_small_data(parser: Parser) -> None:
     """The options of pre-training that change the mathematics."""
     group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
+    group.add_argument("--fit", type=integer(40), metavar="N",
+                       help="for N images, set what is not given of --num-cluster, --pcl-r, -b, --lr, --moco-m, --warmup-epoch")
     group.add_argument("--small-stem", action="store_true",
                        help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
     group.add_argument("--bn-splits", type=positive, default=1, metavar="S",
@@ -179,6 +181,29 @@ def add_small_data(parser: Parser) -> None:
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
     group.add_argument("--proto-weight", type=nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
+
+
+FITTED = ("num_cluster", "pcl_r", "batch_size", "lr", "moco_m", "warmup_epoch")
+
+
+def fitted(num_images: int, epochs: int, batch: int | None = None) -> dict[str, Any]:
+    """The options of pre-training in `FITTED` for a number of images, by the README's rules; published ones are the limits."""
+    batch = batch or min(256, max(8, 2 ** round(math.log2(num_images / 80))))
+    clusters = [min(most, max(2, num_images // size)) for most, size in ((25000, 40), (50000, 20), (100000, 10))]
+    negatives = min(16384, max(batch, 2 ** round(math.log2(num_images / 10))))
+    momentum = 0.99 if num_images / batch <= 1000 else 0.999
+    warmup = max(1, epochs // (10 if epochs >= 40 else 3))
+    return dict(zip(FITTED, (clusters, negatives, batch, 0.03 * batch / 256, momentum, warmup), strict=True))
+
+
+def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line of pre-training; with --fit, what is not given of `FITTED` is set."""
+    args = parser.parse_args(words)
+    if args.fit:
+        parser.set_defaults(**dict.fromkeys(FITTED))
+        parser.set_defaults(**fitted(args.fit, args.epochs, parser.parse_args(words).batch_size))
+        args = parser.parse_args(words)
+    return args
 
 
 def add_files(parser: Parser) -> None:

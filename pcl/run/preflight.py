@@ -18,10 +18,11 @@ from pcl.errors import RunError
 from pcl.run.logs import log
 from pcl.run.options import Parser
 from pcl.run.rendezvous import Place, place_of
+from pcl.terminal import warn
 
 # Options that change neither what a run learns nor how; all others are compared when it is resumed.
 INDIFFERENT = {
-    "data", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
+    "data", "fit", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
     "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout",
     "multiprocessing_distributed", "exp_dir", "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id",
     "output",
@@ -149,8 +150,9 @@ def check_image_size(parser: Parser, args: Namespace, images: int, rows: int) ->
         check_memory(parser, size, rows * pixels, "--pixels")
 
 
-def check_number(parser: Parser, args: Namespace, plan: Plan, num_images: int) -> None:
+def check_number(parser: Parser, args: Namespace, plan: Plan) -> None:
     """Stop if there are fewer images than a batch or the clusters need."""
+    num_images = plan.num_images
     if num_images < plan.global_batch:
         parser.error(f"--batch-size: {plan.global_batch} images in a step, but {plan.images} holds {num_images}; lower it")
     if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
@@ -167,8 +169,8 @@ def check_lone_image(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -
         parser.error(f"--batch-size {args.batch_size}: BatchNorm needs more than one image in a process's step; {remedy}")
 
 
-def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[Plan, dict[str, Any] | None, list[str]]:
-    """Load the checkpoint to go on from, if there is one, into the model; the plan with its epoch and seed, it, and notes."""
+def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[Plan, dict[str, Any] | None]:
+    """Load the checkpoint to go on from, if there is one, into the model; the plan with its epoch and seed, and it."""
     notes: list[str] = []
     resume = args.resume or ""
     if resume == "auto":
@@ -191,7 +193,9 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
             plan = replace(plan, seed=state["seed"], deterministic=state["deterministic"])
     elif plan.epoch >= args.epochs:
         parser.error(f"--start-epoch {plan.epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    return plan, state, notes
+    for note in notes:  # printed last: an error must be the only line
+        warn(note)
+    return plan, state
 
 
 def check_other_run(args: Namespace, plan: Plan) -> None:

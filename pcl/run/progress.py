@@ -61,9 +61,10 @@ class Progress:
             Exception: of any kind, if the state is not one that a run writes.
         """
         epoch, steps = state["epoch"], state["steps"]
-        if "terms" not in state and steps:
-            raise ValueError("steps without terms")
-        if "terms" not in state or dict(state["terms"]) != terms_of(epoch, args, plan):
+        terms = dict(state.get("terms", {}))
+        if (steps and not terms) or not all(isinstance(value, str | int | list) for value in terms.values()):
+            raise ValueError("no terms, or other ones than a run writes")
+        if terms != terms_of(epoch, args, plan):
             return cls(epoch)
         clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
         wanted = args.num_cluster if epoch >= args.warmup_epoch else []

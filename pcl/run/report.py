@@ -12,12 +12,13 @@ import torch
 from pcl import checkpoint
 from pcl.augment import center_view
 from pcl.clustering import faiss_lacks
-from pcl.distributed import available_cores, is_main
+from pcl.distributed import available_cores, is_main, sum_over_ranks
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run.logs import Meters, RunLog, describe_machine, log, versions
-from pcl.run.options import learning_rate
+from pcl.run.options import FITTED, learning_rate
 from pcl.run.preflight import Plan
+from pcl.run.progress import Progress
 
 
 def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, device: torch.device, record: RunLog) -> None:
@@ -37,8 +38,11 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
     where = f"in {len(images.classes)} folders of {plan.images}" if images.classes else f"without labels in {plan.images}"
     log(f"data: {len(images)} images {where}, at {args.image_size} pixels")
-    for line in images.remarks() if is_main() else []:
+    for line in images.layout_notes() if is_main() else []:
         log(line)
+    if args.fit:
+        chosen = [f"--{name.replace('_', '-')} {str(getattr(args, name)).strip('[]').replace(' ', '')}" for name in FITTED]
+        log(f"--fit {args.fit} is short for: {' '.join(chosen)}")
     log(f"batch: {plan.global_batch} images, {plan.batch} in each process; {steps} steps an epoch; seed {plan.seed}")
     if args.kmeans == "faiss" and faiss_lacks(device):
         log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
@@ -51,8 +55,10 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
-def advise(means: dict[str, float], args: Namespace) -> None:
-    """Say whether loading or computing holds this run up, and what would help."""
+def advise(means: dict[str, float], args: Namespace, first: bool = True) -> None:
+    """Say, after the first epoch, whether loading or computing holds this run up, and what would help."""
+    if not first:
+        return
     waiting, cores = means["data_seconds"] / means["seconds"], available_cores()
     if waiting < 0.1:
         remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
@@ -92,6 +98,20 @@ def check_loss(meters: Meters, epoch: int, args: Namespace, plan: Plan) -> None:
     if is_main() and (step := meters.finite_steps + 1) <= meters.steps:
         advice = remedy(args, plan, epoch, step)
         raise RunError(f"the loss is not a finite number from epoch {epoch + 1}, step {step} on, {advice}")
+
+
+def check_features(features: torch.Tensor, label: str, epoch: int, args: Namespace, plan: Plan) -> None:
+    """RunError if features of images are not finite on some rank; every rank must call it."""
+    if int(sum_over_ranks((~features.sum(dim=1).isfinite()).sum())):
+        advice = remedy(args, plan, epoch, step=1)
+        raise RunError(f"{label}: features of images are not finite numbers, {advice}")
+
+
+def check_weights(model: torch.nn.Module, progress: Progress, args: Namespace, plan: Plan) -> None:
+    """RunError if weights or statistics are not finite."""
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        advice = remedy(args, plan, progress.epoch - (progress.steps == 0))
+        raise RunError(f"weights are not finite numbers after epoch {progress.epoch}, {advice}")
 
 
 def remedy(args: Namespace, plan: Plan, epoch: int, step: int = 0) -> str:
