@@ -138,7 +138,7 @@ def linear_probe() -> Row:
     eval_cls_imagenet.open_probe, eval_cls_imagenet.extract_features = open_and_count, remember
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
-        eval_cls_imagenet.RESULTS = root / "Linear_eval"
+        eval_cls_imagenet.RESULTS = pcl.run.probe.RESULTS = root / "Linear_eval"
         write_image_folder(root)
         val = IndexedFolder(root / "val", center_view(32))
         val_loader = make_loader(val, range(len(val)), 256, workers=2)
@@ -147,9 +147,9 @@ def linear_probe() -> Row:
             eval_cls_imagenet.validate = validate if name == "ours" else through_the_network
             options = "--random-init -a resnet18 --image-size 32 --epochs 10 --lr 0.5 --seed 0 --nproc 1 -j 2 --id"
             args = eval_cls_imagenet.get_parser().parse_args([*options.split(), name, folder])
-            args.deterministic = True
+            plan = eval_cls_imagenet.check(eval_cls_imagenet.get_parser(), args)
             start = time.perf_counter()
-            launch(eval_cls_imagenet.probe, args)
+            launch(eval_cls_imagenet.probe, args, plan)
             seconds.append(time.perf_counter() - start)
             images.append(sum(passed))
             passed.clear()

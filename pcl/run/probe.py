@@ -65,8 +65,7 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
     paths = [str(args.resume or "")] * len(names)
     if args.resume == "auto":
         paths = [str(folder / LAST) if (folder / LAST).exists() else "" for folder in folders]
-    loaded = {path: _load(path, args, classes) for path in paths if path}
-    if args.pretrained or not all(paths):
+    if args.pretrained or not all(paths):  # first, so that new heads begin alike beside those to go on from and without them
         backbone, source = inputs.open_backbone(args)
         with torch.no_grad():  # a copy without numbers takes no time, however large the images are
             images = torch.zeros(1, 3, args.image_size, args.image_size, device="meta")
@@ -74,6 +73,7 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
         layer = nn.Linear(size, len(classes))
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.zeros_(layer.bias)
+    loaded = {path: _load(path, args, classes) for path in paths if path}
     for i, (path, (network, _, state)) in enumerate(loaded.items()):
         if state.get("finetune"):
             backbone, source = network, state["source"]
@@ -112,8 +112,10 @@ def _load(path: str, args: Namespace, classes: list[str]) -> tuple[nn.Module, nn
 
 def first_difference(network: nn.Module, expected: dict[str, Tensor]) -> str | None:
     """The first weight or BatchNorm statistic that is not equal to the bit, named."""
-    changed = (name for name, value in network.state_dict().items() if not torch.equal(value, expected[name]))
-    return next((f"{name} differs" for name in changed), None)
+    for name, value in network.state_dict().items():
+        if name not in expected or not torch.equal(value, expected[name]):
+            return f"{name} differs"
+    return None
 
 
 def save(model: Probe, head: Head, classes: list[str], args: Namespace, plan: Plan) -> None:
