@@ -48,6 +48,8 @@ def get_parser() -> options.Parser:
     model = parser.add_argument_group("model and loss")
     model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=networks.architectures(),
                        help="a torchvision classifier with an fc head, such as resnet18, resnet50 or wide_resnet50_2")
+    model.add_argument("--init", type=options.reachable, metavar="FILE",
+                       help="begin with the encoder of a checkpoint of PCL or MoCo, or of a torchvision state dict")
     model.add_argument("--low-dim", type=options.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
     model.add_argument("--pcl-r", type=options.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
@@ -138,7 +140,9 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     # No gradients are kept in the E-step, so that five times the images fit.
     center_loader = make_loader(center_set, indices_of_rank(len(center_set)), 5 * plan.batch, plan.workers)
 
-    model = make_model(args).to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    model = start_model(args, plan).to(
+        device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format
+    )
     wrapped = launch.parallel(model, device)
     optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     progress, plan = Progress.resume(wrapped, optimizer, args, plan)
@@ -179,6 +183,8 @@ def e_step(
     else:
         share = partial(shared_map, track=show)
         clusterings = cluster_all(features, args.num_cluster, args.temperature, share=share, algorithm=args.kmeans)
+    if args.fixed_phi:
+        clusterings = [replace(c, concentration=torch.full_like(c.concentration, args.temperature)) for c in clusterings]
     seconds = {"features_seconds": between - start, "kmeans_seconds": time.monotonic() - between}
     record.metrics(epoch, **seconds)
     log(f"{label}  features {seconds['features_seconds']:.1f} s  k-means {seconds['kmeans_seconds']:.1f} s")
@@ -288,6 +294,14 @@ def make_model(args: argparse.Namespace) -> MoCo:
     model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
     if args.bn_splits > 1:
         split_batch_norm(model, args.bn_splits)
+    return model
+
+
+def start_model(args: argparse.Namespace, plan: Plan) -> MoCo:
+    """`make_model`, for a new run with the weights of --init."""
+    model = make_model(args)
+    if args.init and not plan.resume and not checkpoint.load_init(args.init, model, args.arch):
+        log(f"note: --init {args.init}: its head does not fit --low-dim and --mlp; the head begins with random weights")
     return model
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, opened without running code, loaded with exact keys.
 
-Write the backbone of one as a torchvision state dict without its fc:
+Write the backbone of one for torchvision, without its fc (`pcl.export` has further formats):
 
     python -m pcl.checkpoint export CHECKPOINT OUT.pth
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from pcl.errors import RunError
 from pcl.networks import architectures, backbone, has_small_stem, new_network
 from pcl.terminal import leave_on_signals
+
+if TYPE_CHECKING:
+    from pcl.builder import MoCo
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -41,7 +44,12 @@ class CheckpointError(RunError):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` to `path`. Whenever the machine stops, either the old file or the new one is there, whole.
+    """`torch.save` by `write_whole`."""
+    write_whole(path, lambda file: torch.save(dict(state), file))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Call `write` with a file for `path`. Whenever the machine stops, either the old file or the new one is there, whole.
 
     Raises:
         RunError: a full disk, a read-only folder; the old file is untouched.
@@ -49,7 +57,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")  # if the process is killed, the next save overwrites it
     try:
         with part.open("wb") as file:
-            torch.save(dict(state), file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -148,16 +156,10 @@ def _check_records(path: Path) -> None:
 
 
 def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, Any]:
-    """Load a pre-training checkpoint; its weights go into `model`.
-
-    Args:
-        path: the file.
-        model: as it will be trained (on any device, "meta" too), without DistributedDataParallel around it.
-        arch: its architecture's name.
+    """Load a pre-training checkpoint; its weights go into `model`, an `arch` on any device ("meta" too) without DDP around it.
 
     Raises:
-        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a run could not go on
-            from a field.
+        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a field is none of a run's.
     """
     state = {"seed": None, "deterministic": False, "steps": 0} | load(path)  # the published program writes none of these
     if wrong := _wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
@@ -168,6 +170,35 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
     _load_exactly(path, model, weights, "the options (--mlp, --low-dim, --pcl-r, --small-stem?)")
     _rehearse_step(path, state["optimizer"], model.parameters())
     return state
+
+
+def load_init(path: str | Path, model: MoCo, arch: str) -> bool:
+    """Load both encoders of a new run from a checkpoint of PCL or MoCo, or from a torchvision state dict.
+
+    Returns:
+        whether the head was loaded too; one of another size keeps its random weights.
+
+    Raises:
+        CheckpointError: also if the architecture or a key or shape of the backbone differs, or a weight is not finite.
+    """
+    state = load(path)
+    if state.get("arch", arch) != arch:
+        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
+    weights = _weights(path, state.get("state_dict", state.get("model", state)))
+    heads = []
+    for name, encoder in (("encoder_q.", model.encoder_q), ("encoder_k.", model.encoder_k)):
+        # A state dict of torchvision has one network; so may a checkpoint from which the key encoder was removed.
+        prefix = next((p for p in (name, "encoder_q.") if any(n.startswith(p) for n in weights)), "")
+        own = {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
+        found = {n.removeprefix("fc."): own.pop(n) for n in list(own) if n.startswith("fc.")}
+        head: Any = encoder.fc
+        encoder.fc = nn.Identity()
+        _load_exactly(path, encoder, own, f"the options (--arch {arch}, --small-stem?)")
+        encoder.fc = head
+        heads.append({n: v.shape for n, v in found.items()} == {n: v.shape for n, v in head.state_dict().items()})
+        if heads[-1]:
+            _load_exactly(path, head, found, "the head")
+    return all(heads)
 
 
 def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
@@ -182,8 +213,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         the network and the name of its architecture.
 
     Raises:
-        CheckpointError: also if a key of the backbone is missing or unexpected, or a weight is not finite: the weights
-            are never random.
+        CheckpointError: also if a key is missing or unexpected, or a weight is not finite: weights are never random.
     """
     state = load(path)
     arch = arch or state.get("arch")
@@ -234,8 +264,9 @@ def _wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
     if missing := [name for name in names if name not in state]:
         return f"it has no {', '.join(missing)}"
     wrong = [name for name in names if name in TYPES and type(state[name]) not in TYPES[name]]
-    wrong += [name for name in names if type(state[name]) is int and state[name] < 0]
-    wrong += [name for name in names if name == "history" and not all(isinstance(record, dict) for record in state[name])]
+    wrong += [name for name in names if type(state[name]) is int and not 0 <= state[name] < 2**32]
+    if not wrong and "history" in names and not all(isinstance(record, dict) for record in state["history"]):
+        wrong.append("history")
     return f"its {', '.join(wrong)} cannot be right" if wrong else ""
 
 
@@ -292,13 +323,12 @@ def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
     """A state dict of tensors that can be copied into weights, without `module.` in front of their names."""
 
-    def is_weight(name: Any, value: Any) -> bool:
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
-        return isinstance(name, str) and plain and not value.is_quantized
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)
 
-    if isinstance(found, dict) and all(is_weight(name, value) for name, value in found.items()):
-        return {name.removeprefix("module."): value for name, value in found.items()}
-    raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_plain(found[name]) for name in found):
+        raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _some(names: list[str]) -> str:

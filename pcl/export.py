@@ -1,20 +1,58 @@
-"""Write the backbone of a checkpoint, without its fc, where other libraries read it; the ending of OUT says for which:
+"""Write the backbone of a checkpoint, without its fc, for other libraries.
 
-python -m pcl.checkpoint export CHECKPOINT OUT.pth          # a torchvision state dict
-python -m pcl.checkpoint export CHECKPOINT OUT.safetensors  # the same, as safetensors
-python -m pcl.checkpoint export CHECKPOINT OUT.pkl          # a ResNet for detectron2
-python -m pcl.checkpoint export CHECKPOINT OUT/             # a folder for timm and Hugging Face
+python -m pcl.checkpoint export CHECKPOINT OUT.pth          for torchvision
+python -m pcl.checkpoint export CHECKPOINT OUT.safetensors  the same names and weights
+python -m pcl.checkpoint export CHECKPOINT OUT.pkl          for detectron2
+python -m pcl.checkpoint export CHECKPOINT OUT              a folder for timm and Hugging Face
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from pickle import dump  # writes only
+from typing import BinaryIO
 
-from pcl.checkpoint import CheckpointError, load_backbone, save
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pcl.augment import MEAN, STD
+from pcl.checkpoint import CheckpointError, load_backbone, trained_at, write_whole
 from pcl.errors import USER_ERRORS, reason_of
-from pcl.networks import architectures, has_small_stem
+from pcl.networks import architectures, has_small_stem, takes_small_stem
 from pcl.terminal import printable, tell
+
+Weights = dict[str, Tensor]  # of `load_backbone`: float32, and int64 counts
+DETECTRON2 = {  # torchvision's names -> detectron2's, as MoCo's script converts them
+    **{r"^(?!layer)": "stem.", r"bn(\d)": r"conv\1.norm", r"downsample\.0": "shortcut", r"downsample\.1": "shortcut.norm"},
+    **{f"^layer{i}": f"res{i + 1}" for i in range(1, 5)},
+}
+
+
+def write_safetensors(weights: Weights, file: BinaryIO) -> None:
+    """Write a state dict in the safetensors format."""
+    file.write(safetensors.torch.save(weights, {"format": "pt"}))
+
+
+def write_detectron2(weights: Weights, file: BinaryIO) -> None:
+    """Write a ResNet as a pickle for detectron2's `MODEL.WEIGHTS`; this project never reads it."""
+    renamed = {}
+    for name, value in weights.items():
+        if not name.endswith("num_batches_tracked"):
+            for pattern, new in DETECTRON2.items():
+                name = re.sub(pattern, new, name)
+            renamed[name] = value.numpy()
+    dump({"model": renamed, "__author__": "PCL", "matching_heuristics": True}, file)
+
+
+WRITERS: dict[str, Callable[[Weights, BinaryIO], None]] = {
+    **{".pth": torch.save, ".pt": torch.save, ".safetensors": write_safetensors, ".pkl": write_detectron2},
+    "": write_safetensors,  # into a folder
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,26 +60,63 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m pcl.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a torchvision backbone")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a backbone without its fc")
     command.add_argument("checkpoint", type=Path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
-    command.add_argument("out", type=Path, help="the file to write; not there yet")
+    command.add_argument("out", type=Path, help="what to write: .pth, .safetensors, .pkl, or a folder; not there yet")
     command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
     return parser
+
+
+def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
+    """Write a checkpoint's backbone to `out`, whose ending says for which library.
+
+    Returns:
+        lines that say how to load it.
+
+    Raises:
+        RunError: a checkpoint, an ending or an architecture that cannot be exported so; a full disk.
+    """
+    if out.suffix not in WRITERS:
+        raise CheckpointError(f"{out}: give it the ending .pth, .safetensors or .pkl, or none for timm's folder")
+    if out.exists() or not out.parent.is_dir():
+        raise CheckpointError(f"{out}: exists already, or its folder does not; name another file")
+    network, arch = load_backbone(checkpoint, arch)
+    weights = network.state_dict()
+    small = has_small_stem(arch, weights)
+    if out.suffix in (".pkl", "") and (small or not takes_small_stem(arch)):
+        stem = " with --small-stem" if small else ""
+        raise CheckpointError(f"{out}: timm and detectron2 have no {arch}{stem} of these names; write .pth or .safetensors")
+    file = out
+    if not out.suffix:
+        out.mkdir()
+        file, size = out / "model.safetensors", trained_at(checkpoint) or 224
+        features = len(weights["layer4.0.downsample.0.weight"])
+        pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
+        pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
+        config = {"architecture": arch, "num_classes": 0, "num_features": features, "pretrained_cfg": pretrained}
+        write_whole(out / "config.json", lambda opened: opened.write(json.dumps(config, indent=2).encode()))
+    write_whole(file, lambda opened: WRITERS[out.suffix](weights, opened))
+    lines = [f"{out}: {arch} without its fc. To load it:"]
+    if not out.suffix:
+        return [*lines, f'  network = timm.create_model("local-dir:{out.resolve()}", pretrained=True)']
+    if out.suffix == ".pkl":
+        pixels = "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]"  # MEAN and STD of 0..255
+        return [*lines, f"  MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB {pixels}"]
+    lines.append(f"  network = torchvision.models.{arch}()")
+    if small:
+        lines.append("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
+        lines.append(f"  network.conv1 = torch.nn.{network.conv1}")
+    is_torch = WRITERS[out.suffix] is torch.save
+    opened = f'torch.load("{out}", weights_only=True)' if is_torch else f'safetensors.torch.load_file("{out}")'
+    return [*lines, f"  network.load_state_dict({opened}, strict=False)  # fc stays random"]
 
 
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     try:
-        if args.out.exists() or not args.out.parent.is_dir():
-            raise CheckpointError(f"{args.out}: exists already, or its folder does not; name another file")
-        network, arch = load_backbone(args.checkpoint, args.arch)
-        save(args.out, network.state_dict())
+        lines = export(args.checkpoint, args.out, args.arch)
     except USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: error: {printable(reason_of(error))}\n")
-    tell(f"{args.out}: {arch} without its fc. To load it:")
-    tell(f"  network = torchvision.models.{arch}()")
-    if has_small_stem(arch, network.state_dict()):
-        tell("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
-        tell(f"  network.conv1 = torch.nn.{network.conv1}")
-    tell(f'  network.load_state_dict(torch.load("{args.out}", weights_only=True), strict=False)  # fc stays random')
+    for line in lines:
+        tell(line)

@@ -1,6 +1,7 @@
-"""Figures of merit: top-k accuracy, nearest neighbours, few labels, agreement of clusters and labels, average precision.
+"""Top-k, nearest-neighbour and one-shot accuracy, agreement of clusters and labels, average precision.
 
-Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours.
+Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours. Features may have any length;
+labels are any integers. An argument that cannot be right raises a TypeError or ValueError that names it.
 """
 
 from __future__ import annotations
@@ -24,108 +25,95 @@ def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
 def knn_accuracy(
     known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Share of queries that the weighted vote of the k nearest known images classifies rightly.
+    """Share of queries that a weighted vote of their k nearest known images classifies rightly.
 
-    Each neighbour votes exp(cosine / temperature) for its label (Wu et al. 2018, section 3.4).
+    Each neighbour votes for its label with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
     Args:
-        known: (N, C) features, of any length.
-        known_label: (N,) integer.
-        query: (Q, C) features.
-        label: (Q,) integer.
+        known, known_label: (N, C) features and (N,) labels.
+        query, label: (Q, C) features and (Q,) labels.
         k: neighbours; all known images if there are fewer.
-        temperature: small ones listen to the nearest alone.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right, as in all functions here.
+        temperature: the smaller, the more the nearest neighbours count.
     """
     known, known_label, query, label = _labelled(known, known_label, query, label)
-    k, temperature = min(integer("k", k, least=1), len(known)), above_zero("temperature", temperature)
-    cosine, near = nearest_neighbours(known, query, k, known.device)  # (Q, k)
-    return _share_of_right_votes((cosine / temperature).exp(), known_label.cpu()[near], label.cpu())
+    return _vote_accuracy(known, known_label, query, label, k, temperature)
 
 
 def leave_one_out_accuracy(
     features: Tensor, label: Tensor, k: int = 20, temperature: float = 0.1, most: int = 20_000, seed: int = 0
 ) -> float:
-    """`knn_accuracy` of images among all the others: each is classified by its neighbours, itself left out.
+    """`knn_accuracy` of (N, C) features with (N,) labels, N >= 2: all other images classify each image.
 
-    Args:
-        features: (N, C), of any length; N is at least 2.
-        label: (N,) integer.
-        k, temperature: as for `knn_accuracy`.
-        most: images to classify; of more, that many are drawn.
-        seed: of that choice.
+    Classifies at most `most` images, drawn with `seed`.
     """
     features, label = tensors(features=(features, "N C"), label=(label, "int N"))
-    k, most, temperature = integer("k", k, 1), integer("most", most, 1), above_zero("temperature", temperature)
     if len(features) < 2:
         raise ValueError("features holds one image; there are no others to classify it by")
+    order = np.random.default_rng(integer("seed", seed)).permutation(len(features))
+    chosen = torch.from_numpy(order[: integer("most", most, 1)]).to(features.device)  # (Q,)
     features = F.normalize(features.detach(), dim=1)
-    chosen = torch.from_numpy(np.random.default_rng(integer("seed", seed)).permutation(len(features))[:most])  # (Q,)
-    # One more neighbour, since an image is its own nearest one (or one of several that are equal to it).
-    count = min(k + 1, len(features))
-    cosine, near = nearest_neighbours(features, features[chosen.to(features.device)], count, features.device)
-    weight = (cosine / temperature).exp()  # (Q, k + 1)
-    itself = near == chosen[:, None]
-    weight[itself] = 0
-    if count > k:
-        weight[~itself.any(dim=1), -1] = 0
-    label = label.cpu()
-    return _share_of_right_votes(weight, label[near], label[chosen])
-
-
-def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) -> list[Tensor]:
-    """Checked, on one device, the features (N, C) and (Q, C) of unit length."""
-    known, known_label, query, label = tensors(
-        known=(known, "N C"), known_label=(known_label, "int N"), query=(query, "Q C"), label=(label, "int Q")
-    )
-    for name, rows in (("known", known), ("query", query)):
-        if not rows.isfinite().all():
-            raise ValueError(f"{name} must hold finite numbers")
-    return [F.normalize(known.detach(), dim=1), known_label, F.normalize(query.detach(), dim=1), label]
-
-
-def _share_of_right_votes(weight: Tensor, voted: Tensor, truth: Tensor) -> float:
-    """Each row's (Q, k) weights go to the labels (Q, k); the heaviest label is compared with the truth (Q,)."""
-    labels, code = torch.cat([voted.flatten(), truth]).unique(return_inverse=True)  # labels may be any integers
-    voted, truth, classes = code[: -len(truth)].view_as(voted), code[-len(truth) :], len(labels)
-    hits = 0
-    for w, v, t in zip(weight.split(1024), voted.split(1024), truth.split(1024), strict=True):
-        votes = w.new_zeros(len(w), classes).scatter_add_(1, v, w)
-        hits += int((votes.argmax(dim=1) == t).sum())
-    return hits / len(truth)
+    return _vote_accuracy(features, label, features[chosen], label[chosen], k, temperature, chosen.cpu())
 
 
 def one_shot_accuracy(
     known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, draws: int = 20, seed: int = 0
 ) -> float:
-    """Mean share of queries nearest (by cosine) to the one known image of their class, over random choices of those.
+    """Share of queries nearest (by cosine) to the one known image of their class; mean over `draws` random choices of these.
 
-    Args:
-        known, known_label, query, label: as for `knn_accuracy`.
-        draws: how often one image of each class is chosen.
-        seed: of the choices.
+    Arguments as for `knn_accuracy`.
     """
     known, known_label, query, label = _labelled(known, known_label, query, label)
-    draws = integer("draws", draws, least=1)
     generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
     classes = known_label.unique()
+    members = [(known_label == c).nonzero()[:, 0] for c in classes]
     accuracy = []
-    for _ in range(draws):
-        members = [(known_label == c).nonzero()[:, 0] for c in classes]
+    for _ in range(integer("draws", draws, least=1)):
         chosen = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
         nearest = (query @ known[chosen].T).argmax(dim=1)  # (Q,)
         accuracy.append((classes[nearest] == label).float().mean())
     return float(torch.stack(accuracy).mean())
 
 
+def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) -> list[Tensor]:
+    """The checked arguments on one device, with features of unit length."""
+    result = tensors(known=(known, "N C"), known_label=(known_label, "int N"), query=(query, "Q C"), label=(label, "int Q"))
+    for name, place in (("known", 0), ("query", 2)):
+        if not result[place].isfinite().all():
+            raise ValueError(f"{name} must hold finite numbers")
+        result[place] = F.normalize(result[place].detach(), dim=1)
+    return result
+
+
+def _vote_accuracy(
+    known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int, temperature: float, itself: Tensor | None = None
+) -> float:
+    """`knn_accuracy` of unit-length features; `itself` (Q,) is each query's own row in `known`, which does not vote."""
+    k, temperature = integer("k", k, 1), above_zero("temperature", temperature)
+    # One more neighbour, since an image is its own nearest one (or one of several equal ones).
+    count = min(k + (itself is not None), len(known))
+    cosine, near = nearest_neighbours(known, query, count, known.device)  # (Q, count)
+    weight = (cosine / temperature).exp()
+    if itself is not None:
+        own = near == itself[:, None]
+        weight[own] = 0
+        if count > k:
+            weight[~own.any(dim=1), -1] = 0
+    votes_for, truth = known_label.cpu()[near], label.cpu()
+    labels, code = torch.cat([votes_for.flatten(), truth]).unique(return_inverse=True)
+    votes_for, truth = code[: near.numel()].view_as(near), code[near.numel() :]
+    hits = 0
+    for w, v, t in zip(weight.split(1024), votes_for.split(1024), truth.split(1024), strict=True):
+        votes = w.new_zeros(len(w), len(labels)).scatter_add_(1, v, w)
+        hits += int((votes.argmax(dim=1) == t).sum())
+    return hits / len(truth)
+
+
 def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarray) -> dict[str, float]:
-    """How far clusters and labels, both (N,) integer, say the same.
+    """How far clusters and labels, both (N,) integer, agree.
 
     Returns:
         nmi: normalised mutual information (arithmetic mean), 0 to 1; many small clusters raise it by chance alone.
-        ami: adjusted for that: 1 if the same, 0 on average for clusters drawn at random (Vinh et al. 2010).
+        ami: adjusted for chance: 1 if the same, 0 on average for random clusters (Vinh et al. 2010).
         purity: share of images that have the commonest label of their cluster.
     """
     from sklearn.metrics.cluster import contingency_matrix, mutual_info_score  # slow to import
@@ -144,24 +132,20 @@ def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarra
 
 
 def _expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two random labellings with groups of sizes a and b (Vinh et al. 2010, equation 24a).
+    """Mutual information of two random labellings with groups of sizes a and b (Vinh et al. 2010, equation 24a).
 
-    scikit-learn's takes a step for each pair of groups: hours for 100,000 clusters and as many. Groups of one size
-    have one term, so that a pair of distinct sizes is enough.
+    Takes one step for each pair of distinct sizes. scikit-learn's takes one for each pair of groups: hours for
+    100,000 clusters and as many labels.
     """
     from scipy.special import gammaln
 
-    total = int(a.sum())
-    (size_a, times_a), (size_b, times_b) = (np.unique(sizes, return_counts=True) for sizes in (a, b))
-    if len(size_a) > len(size_b):
-        size_a, times_a, size_b, times_b = size_b, times_b, size_a, times_a
-    expected = 0.0
+    total, expected = int(a.sum()), 0.0
+    counted = [np.unique(sizes, return_counts=True) for sizes in (a, b)]
+    (size_a, times_a), (size_b, times_b) = sorted(counted, key=lambda pair: len(pair[0]))  # loop over the fewer sizes
     for x, times in zip(size_a, times_a, strict=True):
-        y = size_b[:, None]  # (sizes, 1)
-        shared = np.arange(1, min(x, size_b[-1]) + 1)  # images in both groups
-        possible = (shared <= y) & (shared >= x + y - total)  # (sizes, min(x, y))
-        row, column = np.nonzero(possible)
-        y, n = size_b[row], shared[column]
+        y, n = size_b[:, None], np.arange(1, min(x, size_b[-1]) + 1)  # n images in both groups
+        row, column = np.nonzero((n <= y) & (n >= x + y - total))
+        y, n = size_b[row], n[column]
         log_probability = (
             gammaln(x + 1) + gammaln(total - x + 1) + gammaln(y + 1) + gammaln(total - y + 1) - gammaln(total + 1)
             - gammaln(n + 1) - gammaln(x - n + 1) - gammaln(y - n + 1) - gammaln(total - x - y + n + 1)
@@ -172,27 +156,24 @@ def _expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def average_precision(target: Tensor | np.ndarray, score: Tensor | np.ndarray) -> float:
-    """Area under the precision-recall curve after precision is made non-increasing in recall (all-points interpolation).
+    """Area under the precision-recall curve with all-points interpolation, as in the PASCAL VOC kit from 2010 on.
+
+    Precision is first made non-increasing in recall, which scikit-learn's `average_precision_score` does not do.
 
     Args:
-        target: (N,) of any dtype; above 0 is positive, everything else negative.
-        score: (N,) float, finite. Images of equal score enter the curve together, so that their order has no say.
+        target: (N,); above 0 is positive.
+        score: (N,) float, finite. Images of equal score enter the curve together, so their order does not matter.
 
     Raises:
         ValueError: no positive, or scores that are not finite.
-
-    Source: the PASCAL VOC development kit from 2010 on; neither its 11-point rule of 2007 nor scikit-learn's
-    `average_precision_score`, which does not interpolate.
     """
+    from sklearn.metrics import precision_recall_curve  # slow to import
+
     target, score = (x.detach().cpu().double().numpy() for x in tensors(target=(target, "N"), score=(score, "N")))
-    shown = target > 0
-    if not shown.any():
+    if not (target > 0).any():
         raise ValueError("average precision of no positive is not defined")
     if not np.isfinite(score).all():
         raise ValueError("scores are not finite")
-    order = np.argsort(-score)
-    last = np.append(np.diff(score[order]) != 0, True)  # of the images that share a score
-    found = np.cumsum(shown[order])[last]  # (thresholds,) positives at least as high
-    recall, precision = found / shown.sum(), found / (np.flatnonzero(last) + 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    precision, recall, _ = precision_recall_curve(target > 0, score)  # from the lowest threshold to the highest
+    recall, precision = recall[::-1], np.maximum.accumulate(precision)[::-1]
+    return float(np.sum(np.diff(recall) * precision[1:]))

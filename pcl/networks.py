@@ -19,13 +19,10 @@ def architectures() -> list[str]:
 
 
 def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) -> nn.Module:
-    """A torchvision network of random weights.
+    """A torchvision network of one of `architectures`, with random weights and `num_classes` outputs.
 
-    Args:
-        arch: one of `architectures`.
-        small_stem: for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
-            convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2). `takes_small_stem` says which can.
-        num_classes: size of the head's output.
+    The small stem is for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
+    convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2).
     """
     network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     if small_stem:
@@ -43,24 +40,24 @@ def backbone(arch: str, small_stem: bool = False) -> nn.Module:
 
 
 def takes_small_stem(arch: str) -> bool:
-    """Whether the architecture begins with one convolution and a max-pool."""
+    """Whether the architecture can have a small stem: it begins with one convolution and a max-pool."""
     return arch.startswith(("resnet", "resnext", "wide_resnet"))
 
 
 def has_small_stem(arch: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether these weights of a network, without prefix, are those of one with a small stem."""
+    """Whether a network with these weights has a small stem."""
     return takes_small_stem(arch) and "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (3, 3)
 
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
-    """Inside, networks are built on the "meta" device: they have shapes alone, and take neither time nor memory."""
+    """Build networks on the meta device: they have shapes but no numbers, and take neither time nor memory."""
     with torch.device("meta"), _ArithmeticOnCPU():
         yield
 
 
 class _ArithmeticOnCPU(TorchFunctionMode):
-    """torchvision computes the widths of a RegNet by tensors, whose numbers it needs."""
+    """torchvision computes a RegNet's widths with tensors, and needs their numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}) | ({"device": "cpu"} if func in (torch.arange, torch.tensor) else {}))

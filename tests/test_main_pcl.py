@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, assert_same, free_port, run_script, weights
 from PIL import Image
 
@@ -21,7 +22,8 @@ from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
 
 TINY = "-a shufflenet_v2_x0_5 --image-size 32 -b 8 --pcl-r 20 --low-dim 16 --num-cluster 3,5 --warmup-epoch 1 --epochs 3 "
-TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --seed 1"
+TINY += "--mlp --aug-plus --cos --moco-m 0.9 -p 1 -j 0 --monitor-freq 0 --seed 1"
+MONITOR = ("--monitor-freq", 10)  # and draw pictures at the end, which takes seconds
 
 
 def run(*options, tiny=TINY):
@@ -44,7 +46,7 @@ def finished(image_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        run(image_folder, "--exp-dir", exp_dir)
+        run(image_folder, "--exp-dir", exp_dir, *MONITOR)
     return exp_dir
 
 
@@ -93,7 +95,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder,
 
 @pytest.mark.slow
 def test_looking_changes_nothing(image_folder, finished, tmp_path):
-    run(image_folder, "--exp-dir", tmp_path, "--monitor-freq", 0)
+    run(image_folder, "--exp-dir", tmp_path)
     assert_same(weights(tmp_path), weights(finished))
     looks = [[r["epoch"] for r in records_of(folder) if "monitor_seconds" in r] for folder in (finished, tmp_path)]
     assert looks == [[0, 1, 2], []]
@@ -106,7 +108,7 @@ def test_looking_changes_nothing(image_folder, finished, tmp_path):
 @pytest.mark.parametrize("where", ["train", ""])
 def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys, where):
     shutil.copytree(image_folder / "train" / "b", tmp_path / "photos" / where)
-    run(tmp_path / "photos", "--exp-dir", tmp_path / "run", "--epochs", 2)
+    run(tmp_path / "photos", "--exp-dir", tmp_path / "run", "--epochs", 2, *MONITOR)
     assert f"15 images without labels in {tmp_path / 'photos' / where}" in capsys.readouterr().out
     last = load(tmp_path / "run" / "e_step.pth.tar")
     assert (last["epoch"], last["classes"], len(last["labels"])) == (1, [], 15)
@@ -120,7 +122,7 @@ def test_images_without_class_folders_are_enough(image_folder, tmp_path, capsys,
     "options", ["--kmeans sharded", "--kmeans super --low-dim 32", "--augment-on device --amp bf16 --channels-last"]
 )
 def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_path, options):
-    run(image_folder, "--exp-dir", tmp_path, *options.split())
+    run(image_folder, "--exp-dir", tmp_path, *options.split(), *MONITOR)
     assert (tmp_path / "figures" / "prototypes_5.png").exists()
     ours, published = ([r["loss"] for r in records_of(folder) if "seconds" in r] for folder in (tmp_path, finished))
     assert ours == pytest.approx(published, rel=0.5)
@@ -131,7 +133,7 @@ def test_a_run_with_a_faster_part_comes_to_its_end(image_folder, finished, tmp_p
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_share_what_is_clustered(image_folder, tmp_path):
-    run(image_folder, "--exp-dir", tmp_path, "--nproc", "2", "--kmeans", "sharded")
+    run(image_folder, "--exp-dir", tmp_path, "--nproc", "2", "--kmeans", "sharded", *MONITOR)
     last = load(tmp_path / "e_step.pth.tar")
     assert last["seen"].tolist() == list(range(0, 25, 2))
     for granularity in last["granularities"]:
@@ -173,7 +175,7 @@ def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, fi
     state["optimizer"]["param_groups"][0]["maximize"] = True
     torch.save(state, tmp_path / "c.pth.tar")
     changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 -p 7"
-    run(image_folder, "--exp-dir", tmp_path / "run", "--monitor-freq", 0, "--resume", tmp_path / "c.pth.tar", *changed.split())
+    run(image_folder, "--exp-dir", tmp_path / "run", "--resume", tmp_path / "c.pth.tar", *changed.split())
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: --epochs 4, before 3",
@@ -263,7 +265,7 @@ def test_the_advice_about_numbers_that_are_not_finite_fits_the_cause(
 
 @pytest.mark.slow
 def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(image_folder, tmp_path):
-    long = ["--epochs", 6, "--save-freq", 1, "--monitor-freq", 0, "--kmeans-every", 3]
+    long = ["--epochs", 6, "--save-freq", 1, "--kmeans-every", 3]
     run(image_folder, "--exp-dir", tmp_path / "whole", *long)
     assert [r["epoch"] for r in records_of(tmp_path / "whole") if "kmeans_seconds" in r] == [1, 4]
     assert all("loss_prototype" in r for r in records_of(tmp_path / "whole") if r.get("epoch", 0) > 0 and "seconds" in r)
@@ -285,7 +287,7 @@ def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(im
 
 @pytest.mark.slow
 def test_a_run_with_all_that_small_data_needs_comes_to_its_end(image_folder, finished, tmp_path):
-    small = "-a resnet18 --image-size 16 --epochs 2 --monitor-freq 0"
+    small = "-a resnet18 --image-size 16 --epochs 2"
     options = "--small-stem --bn-splits 2 --mask-duplicates --kmeans-every 2 --proto-weight 0.5"
     run(image_folder, "--exp-dir", tmp_path, *small.split(), *options.split())
     assert weights(tmp_path, 1)["state_dict"]["module.encoder_k.conv1.weight"].shape == (64, 3, 3, 3)
@@ -348,7 +350,7 @@ def test_a_run_without_its_unreadable_images_is_a_run_that_never_had_them(image_
     (tmp_path / "broken" / spoilt[1]).write_bytes(content[: len(content) // 2])
     (tmp_path / "broken" / spoilt[2]).unlink()
     (tmp_path / "broken" / spoilt[2]).symlink_to("nowhere")
-    options = ["--nproc", processes, "--epochs", 2]
+    options = ["--nproc", processes, "--epochs", 2, *MONITOR]
     run(tmp_path / "without", "--exp-dir", tmp_path / "expected", *options)
     capsys.readouterr()
     run(tmp_path / "broken", "--exp-dir", tmp_path / "run", *options, "--skip-unreadable", "--augment-on", "workers")
@@ -373,7 +375,7 @@ def test_names_of_any_alphabet_and_links_make_no_difference(image_folder, tmp_pa
     (root / "caf\udce9").rename(root / "éa\udce9")  # to come last, as b does
     (root / ".DS_Store").write_bytes(b"\0")
     (root / "Käse 猫" / "._né 00.png").write_bytes(b"\0")
-    run(root, "--exp-dir", tmp_path / "run", "--epochs", 2, "--monitor-freq", 1)
+    run(root, "--exp-dir", tmp_path / "run", "--epochs", 2, *MONITOR)
     run(image_folder / "train", "--exp-dir", tmp_path / "plain", "--epochs", 2)
     assert_same(weights(tmp_path / "run", 1), weights(tmp_path / "plain", 1))
     out = capsys.readouterr().out
@@ -520,6 +522,13 @@ WRONG = {
     "node out of range": ("{images}", "--rank 1", "--rank 1: the nodes of --world-size 1 are 0 to 0"),
     "no such address": ("{images}", "--dist-url localhost:10001", "--dist-url localhost:10001: give tcp://"),
     "no such GPU": ("{images}", "--gpu 0", "--gpu 0: this machine shows 0 GPUs"),
+    "two beginnings": ("{images}", "--init {checkpoint} --resume {checkpoint}", "--init begins a new run, --resume goes on"),
+    "weights of another network": (
+        "{images}",
+        "--init {checkpoint} -a resnet18",
+        "--init: {checkpoint} holds a shufflenet_v2_x0_5",
+    ),
+    "no weights to begin with": ("{images}", "--init nothing.pth", "--init: nothing.pth: no such file"),
     "a misspelt option": ("{images}", "--aug_plus", "--aug_plus"),
 }
 
@@ -646,3 +655,42 @@ def test_reduced_precision_gives_almost_the_same_losses(image_folder, tmp_path):
         losses.append([r["loss"] for r in records_of(tmp_path / str(len(losses))) if "seconds" in r])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.1)
     assert losses[2] == pytest.approx(losses[0], rel=0.05)
+
+
+def encoders(path):
+    state = load(path)["state_dict"]
+    prefixes = ("module.encoder_q.", "module.encoder_k.")
+    return [{n.removeprefix(p): v for n, v in state.items() if n.startswith(p)} for p in prefixes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["another size of the head", "a checkpoint", "a state dict", "its query encoder"])
+def test_a_run_may_begin_with_weights_of_another(image_folder, finished, tmp_path, capsys, source):
+    path, given = tmp_path / "given.pth", load(finished / "checkpoint_0002.pth.tar")
+    query, key = encoders(finished / "checkpoint_0002.pth.tar")
+    if source == "a state dict":
+        torch.save(query, path)
+    else:
+        kept = {n: v for n, v in given["state_dict"].items() if source != "its query encoder" or ".encoder_q." in n}
+        torch.save(given | {"state_dict": kept}, path)
+    options = ["--low-dim", 8] if source == "another size of the head" else []
+    # Without a learning rate the query encoder keeps its weights, and a key encoder that equals it too.
+    run(image_folder, "--exp-dir", tmp_path / "run", "--init", path, "--epochs", 1, "--lr", 1e-30, "--wd", 0, *options)
+    assert (f"note: --init {path}: its head does not fit" in capsys.readouterr().out) == bool(options)
+    state = load(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    assert state["epoch"] == 1
+    assert not torch.equal(state["state_dict"]["module.queue"][:, :8], given["state_dict"]["module.queue"][:8, :8])
+    found_query, found_key = encoders(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    names = [n for n, _ in torchvision.models.shufflenet_v2_x0_5().named_parameters() if not n.startswith("fc.")]
+    head = [n for n in query if n.startswith("fc.")]
+    for name in names + ([] if options else head):
+        assert torch.equal(found_query[name], query[name]), name
+        expected = key[name] if source in ("a checkpoint", "another size of the head") else query[name]
+        torch.testing.assert_close(found_key[name], 0.9**3 * expected + (1 - 0.9**3) * query[name])
+
+
+@pytest.mark.slow
+def test_a_fixed_phi_is_the_temperature(image_folder, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "--epochs", 2, "--fixed-phi", "--temperature", 0.3)
+    for granularity in load(tmp_path / "e_step.pth.tar")["granularities"]:
+        assert granularity["concentration"].unique().tolist() == pytest.approx([0.3])

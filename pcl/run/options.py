@@ -180,6 +180,8 @@ def add_small_data(parser: Parser) -> None:
                        help="an image's own prototype is no negative of it where it is another image's of the batch too")
     group.add_argument("--kmeans-every", type=positive, default=1, metavar="E",
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
+    group.add_argument("--fixed-phi", action="store_true",
+                       help="give every prototype --temperature as its concentration, as in the paper's ablation")
     group.add_argument("--proto-weight", type=nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
 

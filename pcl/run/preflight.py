@@ -22,10 +22,10 @@ from pcl.terminal import warn
 
 # Options that change neither what a run learns nor how; all others are compared when it is resumed.
 INDIFFERENT = {
-    "data", "fit", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem", "pretrained",
-    "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url", "dist_backend", "dist_timeout",
-    "multiprocessing_distributed", "exp_dir", "save_freq", "save_steps", "keep", "keep_every", "monitor_freq", "evaluate", "id",
-    "output",
+    "data", "fit", "init", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem",
+    "pretrained", "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url",
+    "dist_backend", "dist_timeout", "multiprocessing_distributed", "exp_dir", "save_freq", "save_steps", "keep",
+    "keep_every", "monitor_freq", "evaluate", "id", "output",
 }  # fmt: skip
 
 
@@ -173,6 +173,8 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
     """Load the checkpoint to go on from, if there is one, into the model; the plan with its epoch and seed, and it."""
     notes: list[str] = []
     resume = args.resume or ""
+    if args.init and resume not in ("", "auto"):
+        parser.error("--init begins a new run, --resume goes on with one; leave one out")
     if resume == "auto":
         resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
         if notes and not resume:
@@ -181,8 +183,10 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
     try:
         check_other_run(args, plan)
         state = checkpoint.load_for_resume(resume, model, args.arch) if resume else None
+        if args.init and not resume:
+            checkpoint.load_init(args.init, model, args.arch)
     except checkpoint.CheckpointError as error:
-        parser.error(f"--resume: {error}")
+        parser.error(f"{'--resume' if resume else '--init'}: {error}")
     except RunError as error:
         parser.error(str(error))
     if state:

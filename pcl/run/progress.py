@@ -27,6 +27,7 @@ def terms_of(epoch: int, args: Namespace, plan: Plan) -> dict[str, Any]:
     names = ["warmup_epoch"]
     if epoch >= args.warmup_epoch:
         names += ["num_cluster", "kmeans_every", "kmeans", "kmeans_tf32", "temperature", "image_size", "augment_on", "amp"]
+        names += ["fixed_phi"] if args.fixed_phi else []  # an option of later versions
     terms = {"batch": plan.global_batch, "files": plan.files, "seed": plan.seed} | {name: getattr(args, name) for name in names}
     return {name: str(value) for name, value in terms.items()}
 

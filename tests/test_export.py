@@ -1,0 +1,115 @@
+import json
+import pickle
+import re
+
+import pytest
+import torch
+import torchvision
+from conftest import run_script
+
+from pcl import export
+from pcl.builder import MoCo
+
+ARCH = "resnet18"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run's checkpoint with its query encoder's weights, without fc, under torchvision's names."""
+    model = MoCo(torchvision.models.get_model_builder(ARCH), dim=8, r=16)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("run") / "c.pth.tar"
+    torch.save({"epoch": 1, "arch": ARCH, "state_dict": state, "args": {"image_size": "64"}}, path)
+    return path, {name: value for name, value in model.encoder_q.state_dict().items() if not name.startswith("fc.")}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_safetensors_are_read_by_their_library(checkpoint, tmp_path, capsys):
+    library = pytest.importorskip("safetensors.torch")
+    path, weights = checkpoint
+    run_script(export, "export", path, tmp_path / "b.safetensors")
+    assert f'safetensors.torch.load_file("{tmp_path / "b.safetensors"}")' in capsys.readouterr().out
+    assert_equal(library.load_file(tmp_path / "b.safetensors"), weights)
+
+
+def test_safetensors_hold_every_number_where_the_header_says(checkpoint, tmp_path):
+    path, weights = checkpoint
+    export.export(path, tmp_path / "b.safetensors")
+    content = (tmp_path / "b.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    dtypes = {"F32": torch.float32, "I64": torch.int64}
+    found = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        numbers = torch.frombuffer(bytearray(content[start + first : start + last]), dtype=dtypes[entry["dtype"]])
+        found[name] = numbers.view(entry["shape"])
+    assert_equal(found, weights)
+    assert max(entry["data_offsets"][1] for entry in header.values()) == len(content) - start
+
+
+def test_a_folder_is_read_by_timm(checkpoint, tmp_path):
+    timm = pytest.importorskip("timm")
+    path, weights = checkpoint
+    export.export(path, tmp_path / "out")
+    network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_equal(dict(network.state_dict()), weights)
+    assert network.pretrained_cfg["input_size"] == [3, 64, 64]
+    reference = torchvision.models.get_model(ARCH)
+    reference.load_state_dict(weights, strict=False)
+    reference.fc = torch.nn.Identity()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(network(x), reference.eval()(x))
+
+
+def test_a_folder_says_what_it_holds(checkpoint, tmp_path):
+    path, _ = checkpoint
+    export.export(path, tmp_path / "out")
+    export.export(path, tmp_path / "b.safetensors")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["architecture"], config["num_classes"], config["num_features"]) == (ARCH, 0, 512)
+    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_a_pickle_has_detectron2_s_names(checkpoint, tmp_path):
+    path, weights = checkpoint
+    export.export(path, tmp_path / "b.pkl")
+    content = pickle.loads((tmp_path / "b.pkl").read_bytes())
+    assert content["matching_heuristics"] is True
+    found = content["model"]
+    assert len(found) == sum(not name.endswith("num_batches_tracked") for name in weights)
+    names = {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.0.conv1.weight": "layer1.0.conv1.weight",
+        "res2.1.conv2.norm.bias": "layer1.1.bn2.bias",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res5.0.shortcut.norm.running_mean": "layer4.0.downsample.1.running_mean",
+    }
+    for name, ours in names.items():
+        assert torch.equal(torch.from_numpy(found[name]), weights[ours])
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("b.onnx", r"b\.onnx: give it the ending \.pth, \.safetensors or \.pkl"),
+        ("b.pth.tar", "give it the ending"),
+        ("b.pkl", "have no shufflenet_v2_x0_5"),
+        ("b", "have no shufflenet_v2_x0_5"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, pretrained, out, told):
+    with pytest.raises(SystemExit) as stop:
+        run_script(export, "export", pretrained, tmp_path / out)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(told, error)
+    assert not list(tmp_path.iterdir())
