@@ -139,7 +139,7 @@ def linear_probe() -> Row:
     eval_cls_imagenet.open_probe, eval_cls_imagenet.extract_features = open_and_count, remember
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
-        eval_cls_imagenet.RESULTS = root / "Linear_eval"
+        eval_cls_imagenet.RESULTS = pcl.run.probe.RESULTS = root / "Linear_eval"
         write_image_folder(root)
         val = IndexedFolder(root / "val", center_view(32))
         val_loader = make_loader(val, range(len(val)), 256, workers=2)

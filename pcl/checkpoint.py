@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -235,7 +236,7 @@ def trained_at(path: str | Path) -> int | None:
 
 
 def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A linear probe as `eval_cls_imagenet.py` saves it.
+    """A linear probe, or a fine-tuned network, as `eval_cls_imagenet.py` saves it.
 
     Returns:
         the torchvision network with its trained head `fc`, in eval mode, and the file's dictionary.
@@ -253,7 +254,8 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     weights = _weights(path, state["state_dict"])
     network = new_network(arch, has_small_stem(arch, weights), num_classes=len(classes)).eval()
     _load_exactly(path, network, weights, f"{arch} with {len(classes)} classes")
-    _rehearse_step(path, state["optimizer"], network.get_submodule("fc").parameters())
+    trained = network if state.get("finetune") else network.get_submodule("fc")
+    _rehearse_step(path, state["optimizer"], trained.parameters())
     return network, state
 
 
@@ -277,9 +279,14 @@ def _rehearse_step(path: str | Path, saved: dict[str, Any], parameters: Iterable
     """Take a step on the meta device, which takes no time and fails if a step of the run would."""
     hollow = [torch.empty_like(parameter, device="meta", requires_grad=True) for parameter in parameters]
     try:
-        optimizer = torch.optim.SGD(hollow, lr=1.0)
+        rest = iter(hollow)
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        optimizer = torch.optim.SGD([{"params": [*islice(rest, size)]} for size in sizes], lr=1.0)
+        if any(True for _ in rest):
+            raise ValueError("parameters in no group")
         optimizer.load_state_dict(saved)
-        optimizer.param_groups[0]["fused"] = False  # fused steps need numbers
+        for group in optimizer.param_groups:
+            group["fused"] = False  # fused steps need numbers
         for parameter in hollow:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()

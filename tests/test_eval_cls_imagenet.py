@@ -2,24 +2,28 @@ import json
 import math
 import re
 import shutil
-from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import run_script, save_result
+from conftest import assert_same, run_script, save_result
+from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_cls_imagenet
-from eval_cls_imagenet import Probe, first_difference, label_subset, validate
-from pcl.augment import center_view, normalize
-from pcl.checkpoint import load
+from eval_cls_imagenet import validate
+from pcl.augment import center_view, crop_view, normalize
+from pcl.checkpoint import load, load_backbone
+from pcl.distributed import seed_everything
 from pcl.features import extract_features
-from pcl.loader import IndexedFolder, indices_of_rank
+from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank
 from pcl.networks import backbone
 from pcl.run import launch
 from pcl.run.logs import TensorBoard, claim
+from pcl.run.probe import Probe, first_difference, open_probe
+from pcl.run.probe_checks import label_subset
 
 ARCH = "shufflenet_v2_x0_5"
 TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
@@ -91,6 +95,145 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
     script(six_classes, "--id", "part", "--resume", "auto", "--output", "done.json")  # nothing is left but to score it
     done = json.loads((tmp_path / "done.json").read_text())["last"]
     assert done.items() <= whole["history"][-1].items()
+
+
+@pytest.fixture(scope="module")
+def alone_and_together(six_classes, pretrained, tmp_path_factory):
+    """A folder with probes "0.03" and "3", each of one learning rate, and "both" of both."""
+    folder = tmp_path_factory.mktemp("rates")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.chdir(folder)
+        for name, lr in (("0.03", "0.03"), ("3", "3"), ("both", "0.03,3")):
+            options = ["--seed", 1, "--id", name, "--lr", lr, "--output", f"{name}.json"]
+            script(six_classes, "--pretrained", pretrained, *options)
+    return folder
+
+
+def assert_same_probes(a, b, but=("id", "output", "resume", "epochs")):
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        states = [load(folder / name) for folder in (a, b)]
+        for state in states:
+            state["args"] = {name: value for name, value in state["args"].items() if name not in but}
+        assert_same(*states)
+
+
+@pytest.mark.slow
+def test_of_several_learning_rates_each_head_is_that_of_its_own_run(alone_and_together):
+    folder = alone_and_together / "Linear_eval"
+    for lr in ("0.03", "3"):
+        assert_same_probes(folder / lr, folder / "both" / f"lr_{lr}")
+    assert not (folder / "both" / "checkpoint.pth.tar").exists()
+    both = json.loads((alone_and_together / "both.json").read_text())
+    board = EventAccumulator(str(folder / "both_tensorboard")).Reload()
+    for lr, results in both["rates"].items():
+        alone = json.loads((alone_and_together / f"{lr}.json").read_text())
+        assert results == {name: alone[name] for name in ("last", "best", "epochs")}
+        assert [p.value for p in board.Scalars(f"test_acc_{lr}")] == pytest.approx([e["test_acc"] for e in alone["epochs"]])
+    records = [json.loads(line) for line in (folder / "both" / "log.jsonl").read_text().splitlines()]
+    assert any({"loss_0.03", "acc_0.03", "lr_0.03", "loss_3", "acc_3", "lr_3"} <= record.keys() for record in records)
+
+
+@pytest.mark.slow
+def test_several_learning_rates_go_on_where_each_was_stopped(alone_and_together, six_classes, pretrained, tmp_path, capsys):
+    common = [six_classes, "--pretrained", pretrained, "--lr", "0.03,3", "--id", "both"]
+    script(*common, "--seed", 1, "--epochs", 1, "--lr", "0.03")
+    (tmp_path / "Linear_eval" / "both" / "lr_0.03").mkdir()
+    for path in (tmp_path / "Linear_eval" / "both").glob("*.pth.tar"):  # one rate has done an epoch, the other none
+        path.rename(path.parent / "lr_0.03" / path.name)
+    script(*common, "--seed", 1, "--resume", "auto", "--epochs", 2)
+    script(*common, "--resume", "auto")
+    for lr in ("lr_0.03", "lr_3"):
+        assert_same_probes(tmp_path / "Linear_eval" / "both" / lr, alone_and_together / "Linear_eval" / "both" / lr)
+    capsys.readouterr()
+    script(*common, "--resume", "auto", "--evaluate")
+    told = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
+    assert [line.split(": ")[0] for line in told] == ["lr 0.03", "lr 3"]
+    for more in (["--lr", "3"], ["--lr", "3", "--evaluate"]):
+        with pytest.raises(SystemExit) as stop:
+            script(*common, "--resume", "auto", *more)
+        assert stop.value.code == 2
+        assert "--lr: Linear_eval/both holds a probe of several learning rates; give --lr as before" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_diverges_ends_alone(six_classes, pretrained, tmp_path, capsys):
+    script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--lr", "0.1,9e29", "--wd", "9e29", "--epochs", 1)
+    out = capsys.readouterr().out
+    assert "warning: the loss of epoch 1 is not a finite number, at learning rate 9e+29; this head ends here\n" in out
+
+
+def plain_finetuning(folder, pretrained, names, epochs, schedule, first, gamma, wd, batch, seed):
+    """A loop of plain PyTorch: the network's losses by epoch, and the accuracies on the validation images."""
+    seed_everything(seed)
+    network, _ = load_backbone(pretrained)
+    network.fc = torch.nn.Linear(1024, 6)
+    torch.nn.init.normal_(network.fc.weight, std=0.01)
+    torch.nn.init.zeros_(network.fc.bias)
+    images, val = IndexedFolder(folder / "train", crop_view(32), seed), IndexedFolder(folder / "val", center_view(32))
+    images = images.subset(np.array([i for i in range(len(images)) if images.path(i).partition("train/")[2] in names]))
+    body = {"params": [v for n, v in network.named_parameters() if not n.startswith("fc.")], "name": "backbone"}
+    head = {"params": [*network.fc.parameters()], "name": "head"}
+    optimizer = torch.optim.SGD([body, head], lr=1.0, momentum=0.9, weight_decay=wd)
+    losses, accuracies, sampler = [], [], EpochSampler(images, seed)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        order, total = list(sampler), []
+        network.train()
+        for start in range(0, len(order) - 1, batch):  # BatchNorm cannot take a last batch of one
+            chosen = [images[key] for key in order[start : start + batch]]
+            logits = network(normalize(torch.stack([image for image, _ in chosen])))
+            target = torch.tensor([images.labels[i] for _, i in chosen])
+            loss = torch.nn.functional.cross_entropy(logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = first[group["name"]] * gamma ** sum(epoch >= milestone for milestone in schedule)
+            optimizer.step()
+            total.append(float(loss.detach()))
+        losses.append(np.mean(total))
+        network.eval()
+        with torch.no_grad():
+            guess = network(normalize(torch.stack([val[i][0] for i in range(len(val))]))).topk(5).indices
+        right = guess == torch.from_numpy(val.labels)[:, None]
+        accuracies.append((100 * float(right[:, 0].float().mean()), 100 * float(right.any(1).float().mean())))
+    return network.state_dict(), losses, accuracies
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_that_of_a_plain_loop_and_resumes_to_the_bit(six_classes, pretrained, tmp_path, capsys):
+    names = [f"class {c}/{i}.png" for c in range(6) for i in range(3)][1:]  # 17: a last batch of one image, without spread
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    options = ["--finetune", "--subset", tmp_path / "list.txt", "--lr-backbone", 0.02, "--schedule", 1]
+    common = [six_classes, "--pretrained", pretrained, *options]
+    script(*common, "--id", "whole", "--seed", 1)
+    state = load(tmp_path / "Linear_eval" / "whole" / "checkpoint.pth.tar")
+    first = {"head": 0.1, "backbone": 0.02}
+    plain_names = set(names)
+    expected, losses, accuracies = plain_finetuning(
+        six_classes, pretrained, plain_names, 3, [1], first, gamma=0.2, wd=5e-4, batch=8, seed=1
+    )
+    assert [epoch["train_loss"] for epoch in state["history"]] == pytest.approx(losses)
+    for i, name in enumerate(("test_acc", "test_acc5")):
+        assert [epoch[name] for epoch in state["history"]] == pytest.approx([pair[i] for pair in accuracies])
+    for name, value in expected.items():
+        torch.testing.assert_close(state["state_dict"][f"module.{name}"], value)
+    given = load(pretrained)["state_dict"]["module.encoder_q.conv1.0.weight"]
+    assert not torch.equal(state["state_dict"]["module.conv1.0.weight"], given)
+    assert [epoch["lr"] for epoch in state["history"]] == pytest.approx([0.1, 0.02, 0.02])
+
+    script(*common, "--id", "part", "--seed", 1, "--epochs", 2)
+    script(*common, "--id", "part", "--resume", "auto")
+    assert_same_probes(tmp_path / "Linear_eval" / "whole", tmp_path / "Linear_eval" / "part")
+    capsys.readouterr()
+    for more in ([], ["--finetune"]):
+        script(six_classes, "--resume", tmp_path / "Linear_eval" / "part" / "checkpoint.pth.tar", "--evaluate", *more)
+        last = state["history"][-1]
+        assert f"top-1 {last['test_acc']:.2f} %, top-5 {last['test_acc5']:.2f} %" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script(six_classes, "--resume", tmp_path / "Linear_eval" / "part" / "checkpoint.pth.tar", "--epochs", 4)
+    assert "holds a fine-tuned network; give --finetune" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -186,13 +329,13 @@ def test_features_that_are_no_numbers_end_the_probe(six_classes, pretrained, tmp
 
 @pytest.mark.slow
 def test_a_tampered_backbone_is_caught(six_classes, pretrained, monkeypatch):
-    train_head = eval_cls_imagenet.train_head
+    train_heads = eval_cls_imagenet.train_heads
 
     def tamper(network, *rest):
         network.stage2[0].branch1[1].running_mean[3] += 1e-6
-        return train_head(network, *rest)
+        return train_heads(network, *rest)
 
-    monkeypatch.setattr(eval_cls_imagenet, "train_head", tamper)
+    monkeypatch.setattr(eval_cls_imagenet, "train_heads", tamper)
     with pytest.raises(RuntimeError, match=r"the frozen backbone has changed: stage2\.0\.branch1\.1\.running_mean differs"):
         script(six_classes, "--pretrained", pretrained)
 
@@ -207,7 +350,7 @@ def test_the_difference_is_to_the_bit():
 
 
 def probe_together(device, args, plan):
-    eval_cls_imagenet.probe(device, args)
+    eval_cls_imagenet.probe(device, args, replace(plan, batch=4, workers=0))
     val = IndexedFolder(args.data / "val", center_view(32)).subset(np.arange(17))  # two ranks do not divide them
     torch.manual_seed(0)
     network = backbone(ARCH)
@@ -260,13 +403,12 @@ def test_two_event_files_of_the_same_second_are_two(tmp_path, monkeypatch):
 
 
 def test_the_head_starts_as_published(pretrained):
-    args = Namespace(
-        resume="", pretrained=str(pretrained), random_init=False, pixels=False, small_stem=False, arch=None, image_size=64
-    )
-    probe = eval_cls_imagenet.open_probe(args, [str(c) for c in range(1000)])
+    args = eval_cls_imagenet.get_parser().parse_args(["--pretrained", str(pretrained), "--image-size", "64", "DIR"])
+    probe = open_probe(args, [str(c) for c in range(1000)])
     assert isinstance(probe, Probe)
-    assert float(probe.head.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
-    assert not probe.head.bias.any()
+    (head,) = probe.heads
+    assert float(head.layer.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
+    assert not head.layer.bias.any()
     assert not probe.backbone.training
 
 
@@ -343,6 +485,19 @@ WRONG = {
     "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
     "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
     "a percentage of 0": (None, "{weights} --percent 0", "--percent: '0' is not a number above 0, at most 100"),
+    "two learning rates to fine-tune": (None, "{weights} --finetune --lr 1,2", "--lr: --finetune trains one network"),
+    "pixels to fine-tune": (None, "--pixels --finetune", "--finetune: --pixels has no weights to train"),
+    "one image to fine-tune with": (None, "{weights} --finetune -b 1", "--batch-size: BatchNorm needs two images"),
+    "a backbone's learning rate": (None, "{weights} --lr-backbone 1", "--lr-backbone is an option of --finetune"),
+    "a probe to fine-tune": (None, "--resume {probe} --finetune", "holds a linear probe; leave --finetune out"),
+    "a learning rate twice": (None, "{weights} --lr 1,1.0", "--lr: 1,1.0: a number stands there twice"),
+    "a learning rate of 0": (None, "{weights} --lr 1,0", "--lr: '0' is not a number above 0"),
+    "two learning rates of one file": (None, "--resume {probe} --lr 1,2", "holds one head; give one rate"),
+    "a subset and a percentage": (None, "{weights} --subset {list} --percent 1", "--percent: --subset has chosen"),
+    "no subset": (None, "{weights} --subset nowhere", "--subset nowhere: it cannot be read (No such file or directory)"),
+    "a name of no image": (None, "{weights} --subset {list}", "/train has no image n01440764_10026.JPEG (1 such names)"),
+    "a name of several images": (None, "{weights} --subset {short}", "several images are called 0.png; write <class>/0.png"),
+    "an empty subset": (None, "{weights} --finetune --subset {empty}", "--subset {empty}: fewer two images"),
     "batch and processes": (None, "{weights} --nproc 3", "--batch-size 8: the 3 processes"),
 }
 
@@ -369,6 +524,9 @@ def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrai
     other["state_dict"]["module.encoder_q.conv1.0.weight"] += 1
     torch.save(other, tmp_path / "other.pth")
     places = {"root": root, "probe": finished, "checkpoint": pretrained, "other": tmp_path / "other.pth"}
+    for name, text in {"list": "n01440764_10026.JPEG\n", "short": "0.png\n", "empty": "\n"}.items():
+        (tmp_path / name).write_text(text)
+        places[name] = tmp_path / name
     places["weights"] = f"--pretrained {pretrained}"
     for name, path, weight in (("nan", pretrained, "encoder_q.conv1.0.weight"), ("nan_probe", finished, "fc.bias")):
         state = load(path)
@@ -387,6 +545,56 @@ def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrai
 
 def test_the_defaults_are_the_published_ones():
     args = vars(eval_cls_imagenet.get_parser().parse_args(["DIR"]))
-    expected = {"lr": 5.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80], "momentum": 0.9, "wd": 0.0, "print_freq": 10}
+    expected = {
+        "lr": [5.0],
+        "gamma": 0.1,
+        "batch_size": 256,
+        "epochs": 100,
+        "schedule": [60, 80],
+        "momentum": 0.9,
+        "wd": 0.0,
+        "print_freq": 10,
+    }
     assert {name: args[name] for name in expected} == expected
     assert args["image_size"] == 224
+
+
+@pytest.mark.parametrize(("options", "lr"), [("", 0.1), ("--percent 10", 0.1), ("--percent 1", 1), ("--subset list", 1)])
+def test_fine_tuning_has_the_papers_settings_where_none_is_given(options, lr, tmp_path, monkeypatch):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(100):
+        (tmp_path / "train" / "a" / f"{i}.png").touch()
+    (tmp_path / "list").write_text("1.png\n")
+    parser = eval_cls_imagenet.get_parser()
+    monkeypatch.setattr("sys.argv", ["x", "--finetune", *options.split(), "."])
+    args = vars(eval_cls_imagenet.parse(parser))
+    expected = {
+        "lr": [lr],
+        "lr_backbone": 0.01,
+        "gamma": 0.2,
+        "schedule": [12, 16],
+        "epochs": 20,
+        "wd": 5e-4,
+        "batch_size": 256,
+    }
+    assert {name: args[name] for name in expected} == expected
+    monkeypatch.setattr("sys.argv", ["x", "--finetune", "--lr", "3", "--wd", "0", "--gamma", "0.5", "."])
+    args = vars(eval_cls_imagenet.parse(eval_cls_imagenet.get_parser()))
+    assert (args["lr"], args["wd"], args["gamma"]) == ([3], 0, 0.5)
+
+
+@pytest.mark.slow
+def test_a_converged_head_is_that_of_logistic_regression(six_classes, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_cls_imagenet, "crop_view", center_view)  # the same features at every epoch
+    options = ["--epochs", "60", "--schedule", "50", "-b", "64", "--lr", "0.05,0.2", "--wd", "0.1", "--seed", "1", "--id", "x"]
+    script(six_classes, "--pretrained", pretrained, *options)
+    network, _ = load_backbone(pretrained)
+    train = IndexedFolder(six_classes / "train", center_view(32))
+    with torch.no_grad():
+        features = network(normalize(torch.stack([train[i][0] for i in range(len(train))]))).numpy()
+    known = np.column_stack([features, np.ones(len(train))])  # weight decay is of the bias too
+    slow = LogisticRegression(C=1 / (0.1 * len(train)), fit_intercept=False, tol=1e-8, max_iter=5000).fit(known, train.labels)
+    for lr in ("0.05", "0.2"):
+        state = load(tmp_path / "Linear_eval" / "x" / f"lr_{lr}" / "checkpoint.pth.tar")["state_dict"]
+        np.testing.assert_allclose(state["module.fc.weight"].numpy(), slow.coef_[:, :-1], atol=0.02)
+        np.testing.assert_allclose(state["module.fc.bias"].numpy(), slow.coef_[:, -1], atol=0.02)

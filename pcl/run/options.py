@@ -110,7 +110,8 @@ def reachable(text: str) -> str:
 
 # fmt: off
 def add_training(
-    parser: Parser, *, epochs: int, batch_size: int, lr: float, schedule: Sequence[int], wd: float, print_freq: int
+    parser: Parser, *, epochs: int, batch_size: int, lr: Any, schedule: Sequence[int], wd: float, print_freq: int,
+    lr_type: Callable[[str], Any] = positive_float, lr_help: str = "first learning rate",
 ) -> None:
     """The options of any run of SGD, with this script's defaults."""
     group = parser.add_argument_group("training")
@@ -120,7 +121,7 @@ def add_training(
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
     group.add_argument("-b", "--batch-size", type=integer(1, LARGEST_BATCH), default=batch_size, metavar="N",
                        help="images in a step, a total over this node's training processes")
-    group.add_argument("--lr", type=positive_float, default=lr, metavar="LR", help="first learning rate")
+    group.add_argument("--lr", type=lr_type, default=lr, metavar="LR", help=lr_help)
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
                        help="epochs at which the learning rate falls to a tenth")
     group.add_argument("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD")
@@ -246,16 +247,20 @@ def add_output(parser: Parser) -> None:
 # fmt: on
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int) -> float:
-    """Give the optimizer the epoch's learning rate, and return it."""
-    lr = learning_rate(args, epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int, *first: float) -> float:
+    """Give each group of the optimizer the epoch's learning rate, return the last; `first`: each group's at epoch 0."""
+    for group, lr in zip(optimizer.param_groups, first or [args.lr], strict=True):
+        group["lr"] = lr * learning_rate_factor(args, epoch)
+    return lr * learning_rate_factor(args, epoch)
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Of a whole epoch (from 0): a cosine from `lr` to 0 with `cos`, else `lr` with a tenth at each of `schedule`."""
+    """Of a whole epoch (from 0): `lr` times the epoch's factor."""
+    return args.lr * learning_rate_factor(args, epoch)
+
+
+def learning_rate_factor(args: argparse.Namespace, epoch: int) -> float:
+    """A cosine from 1 to 0 with `cos`, else `gamma` (a tenth) to the number of epochs in `schedule` that have come."""
     if getattr(args, "cos", False):
-        return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        return 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+    return getattr(args, "gamma", 0.1) ** sum(epoch >= milestone for milestone in args.schedule)
