@@ -133,6 +133,11 @@ class IndexedFolder(Dataset):
         """Path of an image's file."""
         return os.fsdecode(self._paths[index])
 
+    def names(self, folder: str | Path | None = None) -> list[str]:
+        """Each image's file relative to `folder`, by default the root."""
+        start = len(self.path(0)) - len(os.path.relpath(self.path(0), folder or self.root))
+        return [os.fsdecode(path)[start:] for path in self._paths.tolist()]
+
     def fingerprint(self) -> int:
         """CRC-32 of the paths below the root and some files' sizes: equal numbers mean the same images."""
         names = b"\0".join(self._paths.tolist()).replace(os.fsencode(self.root) + b"/", b"")
