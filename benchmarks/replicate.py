@@ -72,6 +72,7 @@ from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import cluster_agreement, knn_accuracy
+from pcl.run import kept
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
 from pcl.run.options import Parser, positive
@@ -508,7 +509,7 @@ def backbone_of(run: Run, plan: Plan, args: Namespace, result: dict[str, Any]) -
     elif not run.backbone and "figures" not in result:
         command = [str(args.work / run.data), "--exp-dir", str(folder), *result["options"].split(), "--seed", str(run.seed)]
         run_script("benchmarks/oracle.py" if kind.endswith("oracle") else "main_pcl.py", *command)
-        trained = checkpoint.newest(folder)
+        trained = kept.newest(folder)
         checkpoint.save(file, checkpoint.load_backbone(trained)[0].state_dict())
         if kind.startswith("pcl") and run.data == "choose":
             result["gradient_ratio"] = gradient_ratio(command, trained)

@@ -51,11 +51,7 @@ torch.serialization.add_safe_globals([Clustering])  # torch.load(weights_only=Tr
 
 
 def concentration(
-    distance: Tensor | np.ndarray,
-    im2cluster: Tensor | np.ndarray,
-    num_cluster: int,
-    temperature: float,
-    alpha: float = 10,
+    distance: Tensor | np.ndarray, im2cluster: Tensor | np.ndarray, num_cluster: int, temperature: float, alpha: float = 10
 ) -> Tensor:
     """Concentration phi of each cluster: small where the images lie close to their centroid (PCL, equation 12).
 
@@ -98,13 +94,9 @@ def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alph
 
 
 def kmeans(
-    features: np.ndarray,
-    num_cluster: int,
-    seed: int,
-    restart: int = 0,
-    device: torch.device | None = None,
+    features: np.ndarray, num_cluster: int, seed: int, restart: int = 0, device: torch.device | None = None,
     algorithm: str = "faiss",
-) -> tuple[float, np.ndarray]:
+) -> tuple[float, np.ndarray]:  # fmt: skip
     """One restart of faiss's k-means, the same to the bit as restart number `restart` inside a faiss run with several.
 
     Args:
