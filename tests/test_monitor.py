@@ -94,7 +94,7 @@ def test_it_is_due_in_warm_up_every_so_often(images, record, tmp_path):
     off = Monitor(images, None, 0, record)
     assert not any(off.is_due(epoch) for epoch in range(9))
     before = (tmp_path / "log.jsonl").read_text()
-    off.look(0, None, torch.randn(37, 4), range(37), [clustering_of([0] * 37, 1)])
+    off.measure(0, None, torch.randn(37, 4), range(37), [clustering_of([0] * 37, 1)])
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
