@@ -31,9 +31,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from pcl.augment import center_view, random_view  # noqa: F401  people look for views and readers here too
 from pcl.distributed import derive_seed, get_rank, get_world_size
 from pcl.errors import RunError
-from pcl.images import (  # noqa: F401  people look for both readers beside the views
+from pcl.images import (  # noqa: F401
     UnreadableImageError,
     bits_used,
     find_images,
