@@ -74,6 +74,14 @@ def test_curves_are_those_of_the_log(six_classes, tmp_path):
     assert "K = 3" in [line.get_label() for line in agreement.lines]
 
 
+def test_an_e_step_that_was_kept_before_it_held_names_is_drawn(six_classes, tmp_path):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
+    last = figures.checkpoint.load(exp_dir / "e_step.pth.tar")
+    del last["files"]
+    torch.save(last, exp_dir / "e_step.pth.tar")
+    assert {"tsne.png", "concentration.png", "prototypes_3.png"} <= {path.name for path in figures.draw(exp_dir)}
+
+
 def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path, monkeypatch):
     images = IndexedFolder(six_classes / "train", None)
     exp_dir = run_folder(tmp_path / "run", images, [5])

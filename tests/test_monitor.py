@@ -104,6 +104,7 @@ def test_the_last_e_step_is_kept(images, tmp_path):
     save_e_step(tmp_path, 7, features, range(37), [clustering], images)
     state = load(tmp_path / LAST_E_STEP)
     assert (state["epoch"], state["classes"]) == (7, images.classes)
+    assert [str(images.root / name) for name in state["files"]] == [images.path(i) for i in range(37)]
     assert torch.equal(state["features"], features)
     (granularity,) = state["granularities"]
     slow = [float(f @ clustering.prototypes[c]) for f, c in zip(features, clustering.im2cluster, strict=True)]
