@@ -10,7 +10,7 @@ from conftest import run_script
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedKFold
 
 from pcl import evaluation, features
 from pcl.augment import center_view, normalize
