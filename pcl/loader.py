@@ -243,12 +243,16 @@ class _Loader(DataLoader):
 
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+        reports = Queue.__dict__["_on_queue_feeder_error"]
+        # An index for a worker that is gone is not worth a traceback: the next batch raises an error.
+        Queue._on_queue_feeder_error = staticmethod(lambda *_: None)  # type: ignore[attr-defined]
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
         util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
         try:
             with shielded():
                 return super().__iter__()
         finally:
+            Queue._on_queue_feeder_error = reports  # type: ignore[attr-defined]
             self.workers += tuple(set(active_children()) - set(earlier))
             # torch's handler raises an error anywhere, even inside a save. The next batch raises it too.
             if signal.getsignal(signal.SIGCHLD) != handler:
