@@ -138,7 +138,7 @@ def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: In
     """Rows of nearest images for a dozen prototypes, from the smallest to the largest concentration."""
     im2cluster, phi = granularity["im2cluster"].numpy(), granularity["concentration"].numpy()
     size, seen = np.bincount(im2cluster, minlength=len(phi)), last["seen"].numpy()  # (K,), (n,)
-    several = np.flatnonzero(size >= min(2, size.max()))
+    several = np.flatnonzero(size >= min(2, int(size.max())))
     ranked = several[np.argsort(phi[several], kind="stable")]
     rows = ranked[np.unique(np.linspace(0, len(ranked) - 1, ROWS).round().astype(int))]
     figure = Figure(figsize=(COLUMNS + 2.6, len(rows) + 1), layout="constrained")
