@@ -144,7 +144,7 @@ def test_the_strength_is_the_best_in_cross_validation():
             fit = LogisticRegression(C=strength, max_iter=1000).fit((rows[known] - mean) / std, label[known])
             scores.append((fit.predict((rows[held_out] - mean) / std) == label[held_out]).mean())
         quality[strength] = np.mean(scores)
-    assert len(set(quality.values())) > 2
+    assert len(set(quality.values())) > 1  # there is something to choose
     assert found["cross_validation"] == pytest.approx(max(quality.values()))
     assert quality[found["C"]] == pytest.approx(max(quality.values()))
 
