@@ -67,7 +67,7 @@ def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
         SystemExit: code PREEMPTED or INTERRUPTED after a signal to stop, 1 after an error that was told.
     """
     place = plan.place
-    if place.world == 1 or not place.spawns:
+    if place.local_world == 1 or not place.spawns:
         # Under torchrun the launcher is its agent; one that was started by hand may outlive its shell.
         agent = os.getppid() if not place.spawns and "TORCHELASTIC_RUN_ID" in os.environ else None
         _join(worker, args, plan, agent)
