@@ -42,6 +42,7 @@ from pcl.distributed import assign_jobs
 from pcl.images import read_image, read_tensor
 from pcl.loader import IndexedFolder, make_loader
 from pcl.losses import prototype_logits, prototype_loss, sample_negatives
+from pcl.run import probe, probe_checks
 from pcl.run.launch import launch
 from pcl.run.logs import describe_machine, versions
 from pcl.samples import write_image_folder, write_voc
@@ -123,9 +124,9 @@ def linear_probe() -> Row:
     passed, calls, seconds = [], [], []
 
     def open_and_count(*arguments):
-        probe = opened(*arguments)
-        probe.backbone.register_forward_hook(lambda _, images, __: passed.append(len(images[0])))
-        return probe
+        model = opened(*arguments)
+        model.backbone.register_forward_hook(lambda _, images, __: passed.append(len(images[0])))
+        return model
 
     def remember(*arguments):
         calls.append(arguments)
@@ -138,7 +139,8 @@ def linear_probe() -> Row:
     eval_cls_imagenet.open_probe, eval_cls_imagenet.extract_features = open_and_count, remember
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         root = Path(folder)
-        eval_cls_imagenet.RESULTS = pcl.run.probe.RESULTS = root / "Linear_eval"
+        for module in (eval_cls_imagenet, probe, probe_checks):
+            module.RESULTS = root / "Linear_eval"
         write_image_folder(root)
         val = IndexedFolder(root / "val", center_view(32))
         val_loader = make_loader(val, range(len(val)), 256, workers=2)

@@ -46,8 +46,8 @@ HARMLESS = {
     main_pcl: "--lr 0.1 | --seed 3 | --mlp | --aug-plus | --cos | --wd 0 | -p 3 | --moco-m 0.9 | --exp-dir new | --keep 2 | "
     "--save-steps 0 | --world-size 1 | --dist-url tcp://localhost:29500 | --temperature 1e-2 | --momentum 0 | "
     "--kmeans sharded | --exp-dir new/deep/ö图 | --dist-timeout 60",
-    eval_cls_imagenet: "--lr 1 | --seed 0 | --wd 1e-4 | -p 1 | --percent 50 | --id other | --output new/o.json | "
-    "--momentum 1 | --id a/b",
+    eval_cls_imagenet: "--lr 1 | --finetune | --gamma 0.5 | --seed 0 | --wd 1e-4 | -p 1 | --percent 50 | --id other | "
+    "--momentum 1 | --id a/b | --output new/o.json",
     eval_svm_voc: "--cost 0.5,1 | --ignore-difficult | --seed 4294967295 | --output o.json",
 }
 GOOD = {
@@ -82,7 +82,7 @@ NUMBERS = {
     },
     eval_cls_imagenet: {
         **{"--lr": (SMALL, 1e30), "--momentum": (0, 1), "--weight-decay": (0, 1e30), "--dist-timeout": (1, 2592000)},
-        **{"--percent": (SMALL, 100)},
+        **{"--percent": (SMALL, 100), "--gamma": (0, 1), "--lr-backbone": (SMALL, 1e30)},
     },
     eval_svm_voc: {"--cost": (SMALL, 1e30)},
 }
@@ -149,6 +149,15 @@ OTHER = {
         ("../five", "--resume|../ckpt/probe.pth|-a|" + ARCH, "--resume"),
         (None, "--pretrained|../ckpt/run.pth", "--pretrained"),
         (None, "--pixels", "--pretrained"),
+        *((None, f"--subset|{p}", "--subset") for p in (*NO_PATH, "nowhere", "..", "../ckpt/text")),
+        (None, "--finetune|--subset|nowhere", "--subset"),
+        (None, "--finetune|--lr|1,2", "--lr"),
+        (None, "--finetune|-b|1", "--batch-size"),
+        (None, "--lr-backbone|1", "--lr-backbone"),
+        (None, "--lr|1,,2", "--lr"),
+        (None, "--lr|1,1", "--lr"),
+        (None, "--resume|../ckpt/probe.pth|--lr|1,2", "--lr"),
+        (None, "--resume|../ckpt/probe.pth|--finetune", "--resume"),
         (None, "-e", "--evaluate"),
         (None, "--output|.", "--output"),
         (None, "--output|../file/x/o.json", "--output"),
