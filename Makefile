@@ -1,5 +1,6 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
+# make check  the same without the tests that run a script or several processes, to be run every few minutes
 # make bench  measures what is faster here than in the published code, into benchmarks/results.md
 # make replicate  compares PCL with MoCo on CIFAR-10 and Fashion-MNIST, in hours, into benchmarks/replication/
 #             (DATA=DIR: on images of your own, into replication/; QUICK=1: in minutes, to see that it works)
@@ -8,7 +9,7 @@ PYTHON ?= python3
 DATA ?=
 QUICK ?=
 
-.PHONY: demo test bench replicate format
+.PHONY: demo test check bench replicate format
 
 demo: .venv/installed
 	.venv/bin/python benchmarks/demo.py $(if $(DATA),--data "$(DATA)")
@@ -18,6 +19,12 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest -n 2 --dist loadscope
+
+check: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not dist"
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py

@@ -17,20 +17,14 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.svm import LinearSVC
-from threadpoolctl import threadpool_limits
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
-from pcl import checkpoint, voc
+from pcl import checkpoint, svm, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
 from pcl.errors import USER_ERRORS, reason_of
@@ -39,38 +33,11 @@ from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import average_precision
 from pcl.run import inputs, options, preflight
 from pcl.run.logs import describe_machine, log, track, write_result
+from pcl.svm import Features, Job, Scores
 from pcl.terminal import leave_on_signals
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
-FOLDS = 3
-
-# N training and Q test images, C features.
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the SVMs see."""
-
-    train: np.ndarray  # (N, C) float32, of almost unit length
-    train_labels: np.ndarray  # (N, classes): 1, -1 or 0 (difficult)
-    test: np.ndarray  # (Q, C)
-    test_labels: np.ndarray  # (Q, classes)
-    classes: list[str]
-    drawn: np.ndarray | None = None  # the training images that `train` holds, sorted; None: all
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """The features of some training images."""
-        return self.train[rows if self.drawn is None else np.searchsorted(self.drawn, rows)]
-
-
-class Job(NamedTuple):
-    """One class's SVM of one draw of training images."""
-
-    rows: np.ndarray  # training images, possibly the same more than once
-    label: int  # number of the class
-    cost: float
-    cross_validated: bool = False  # average precision in cross-validation, instead of the scores of the test images
 
 
 def get_parser() -> options.Parser:
@@ -252,7 +219,7 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
     distinct = [np.unique(rows) for rows in draws]  # an image drawn twice would stand on both sides of a fold
     shown = [(features.train_labels[rows] > 0).sum(axis=0) for rows in distinct]
     fewest = min(min(count.min(), (len(rows) - count).min()) for rows, count in zip(distinct, shown, strict=True))
-    if len(args.cost) == 1 or fewest < FOLDS:
+    if len(args.cost) == 1 or fewest < svm.FOLDS:
         return args.cost[0]
     quality = {}
     for cost in args.cost:
@@ -261,51 +228,12 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
     return max(quality, key=quality.__getitem__)
 
 
-@dataclass(frozen=True)
-class Scores(Dataset):
-    """The scores of each job, as a loader's workers compute them."""
-
-    features: Features
-    jobs: list[Job]
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.jobs)
-
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray]:
-        return number, svm_scores(self.features, self.jobs[number], self.seed)
-
-
 def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[np.ndarray]:
     """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
     workers = min(args.processes, len(jobs))
     loader = make_loader(Scores(features, jobs, args.seed), range(len(jobs)), 1, workers, in_order=False)
     found = {int(number): scores[0].numpy().copy() for number, scores in track(loader, "SVMs")}
     return [found[number] for number in range(len(jobs))]
-
-
-def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
-    """Fit the published SVM; decision values (Q,) of the test images, or (FOLDS,) average precisions in cross-validation.
-
-    Where every image shows the class (a small draw of two that often meet), nothing can be learnt: all score alike.
-    """
-    positive = np.where(features.train_labels[job.rows, job.label] > 0, 1, -1)  # published: difficult is negative
-    if positive.min() == 1:
-        return np.zeros(len(features.test))
-    svm = LinearSVC(
-        penalty="l2", loss="squared_hinge", dual=True, C=job.cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0,
-        tol=1e-4, max_iter=2000, random_state=seed,
-    )  # fmt: skip
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of iterations is meant to be met
-        if job.cross_validated:
-            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-            return cross_val_score(svm, features.of(job.rows), positive, cv=folds, scoring=_average_precision)
-        return svm.fit(features.of(job.rows), positive).decision_function(features.test)
-
-
-def _average_precision(svm: LinearSVC, rows: np.ndarray, positive: np.ndarray) -> float:
-    return average_precision(positive, svm.decision_function(rows))
 
 
 def mean_of(ap: dict[str, float]) -> float:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, networks
-from pcl.augment import Augmentation
-from pcl.builder import MoCo, split_batch_norm
+from pcl.builder import MoCo
 from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import gather_interleaved, get_rank, is_main, seed_everything, shared_map, wait_for_all
 from pcl.features import extract_share
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.losses import instance_logits, prototype_loss
-from pcl.run import inputs, launch, monitor, options, preflight, report
+from pcl.run import inputs, kept, launch, monitor, options, preflight, report
+from pcl.run.build import augmentation_of, autocast, make_model, start_model
 from pcl.run.logs import EpochLog, RunLog, log, track
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress, rehearse
@@ -283,36 +283,9 @@ def save(
     state = {**done, "arch": args.arch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": plan.settings(args)}
     if finished and (progress.epoch % args.save_freq == 0 or progress.epoch == args.epochs):
-        checkpoint.save_numbered(args.exp_dir, state, args.keep, args.keep_every)
+        kept.save_numbered(args.exp_dir, state, args.keep, args.keep_every)
     elif finished or args.save_steps:
         checkpoint.save(args.exp_dir / checkpoint.LAST, state)
-
-
-def make_model(args: argparse.Namespace) -> MoCo:
-    """The model that the options describe, with random weights."""
-    encoder = partial(networks.new_network, args.arch, args.small_stem)
-    model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
-    if args.bn_splits > 1:
-        split_batch_norm(model, args.bn_splits)
-    return model
-
-
-def start_model(args: argparse.Namespace, plan: Plan) -> MoCo:
-    """`make_model`, for a new run with the weights of --init."""
-    model = make_model(args)
-    if args.init and not plan.resume and not checkpoint.load_init(args.init, model, args.arch):
-        log(f"note: --init {args.init}: its head does not fit --low-dim and --mlp; the head begins with random weights")
-    return model
-
-
-def augmentation_of(args: argparse.Namespace) -> Augmentation:
-    """The views that the options describe."""
-    return Augmentation(args.image_size, args.aug_plus, on_device=args.augment_on == "device")
-
-
-def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Inside, the encoders give features in bfloat16 if --amp asks for it; weights and all that follows stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
 
 if __name__ == "__main__":

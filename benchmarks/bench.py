@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from pcl.augment import MEAN, STD, RecipeView, TwoViews, center_view, finish, random_view
+from pcl.augment import MEAN, STD, DeferredView, TwoViews, apply_deferred, center_view, random_view
 from pcl.builder import MoCo
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
 from pcl.distributed import assign_jobs
@@ -45,6 +45,7 @@ from pcl.losses import prototype_logits, prototype_loss, sample_negatives
 from pcl.run import probe, probe_checks
 from pcl.run.launch import launch
 from pcl.run.logs import describe_machine, versions
+from pcl.run.preflight import Plan
 from pcl.samples import write_image_folder, write_voc
 from pcl.sharded import kmeans_sharded
 
@@ -324,12 +325,12 @@ def as_published(view: transforms.Compose) -> Callable[[Image.Image], Tensor]:
 
 def two_views() -> Row:
     """The two v2 views of a JPEG in a worker: with PIL, or the part of `--augment-on device` that is left to it."""
-    published, ours = TwoViews(as_published(random_view(224, aug_plus=True))), TwoViews(RecipeView(224, aug_plus=True))
+    published, ours = TwoViews(as_published(random_view(224, aug_plus=True))), TwoViews(DeferredView(224, aug_plus=True))
 
     def rest(paths: list[Path]) -> str:
-        views = [RecipeView(224, True)(read_tensor(path)) for path in paths]
+        views = [DeferredView(224, True)(read_tensor(path)) for path in paths]
         batch, recipe = (torch.stack(parts) for parts in zip(*views, strict=True))
-        (seconds,) = fastest(lambda: finish(batch, recipe, True), clock=time.process_time)
+        (seconds,) = fastest(lambda: apply_deferred(batch, recipe, True), clock=time.process_time)
         return f"and {2e3 * seconds / len(paths):.1f} ms on the device, were it this CPU; target 2.7 ms"
 
     return per_image(
@@ -391,9 +392,8 @@ def moco_step() -> Row | None:
         run = f"--epochs 4 --warmup-epoch 4 --monitor-freq 0 --exp-dir {folder}/run {folder}/val"
         parser = main_pcl.get_parser()
         args = parser.parse_args([*model.split(), *run.split()])
-        main_pcl.check(parser, args)
-        args.deterministic = False
-        steps_of_lightly = moco_of_lightly(args)
+        plan = replace(main_pcl.check(parser, args), deterministic=False)
+        steps_of_lightly = moco_of_lightly(args, plan)
 
         def in_turns(model, loader, *rest):
             start, before, epoch = time.process_time(), of_workers(), [0.0, 0.0]
@@ -413,10 +413,10 @@ def moco_step() -> Row | None:
             return means
 
         main_pcl.m_step = in_turns
-        launch(main_pcl.train, args)
+        launch(main_pcl.train, args, plan)
     main_pcl.m_step = m_step
     torch.set_num_threads(threads)
-    steps = (len(seconds) - 1) * (args.num_images // 64)  # the first epoch includes the start of the workers
+    steps = (len(seconds) - 1) * (plan.num_images // 64)  # the first epoch includes the start of the workers
     theirs, ours = (sum(side[1:]) / steps for side in zip(*seconds, strict=True))
     note = f"{64 / theirs:.0f} against {64 / ours:.0f} images/s on one core; target 1"
     return Row("a step of MoCo v2, lightly's on the left", 1e3 * theirs, 1e3 * ours, note, "ms")
@@ -428,7 +428,7 @@ def of_workers() -> dict[Any, float]:
     return {child: time.clock_gettime(~child.pid << 3 | 2) for child in mp.active_children()}
 
 
-def moco_of_lightly(args: argparse.Namespace) -> Iterator[None]:
+def moco_of_lightly(args: argparse.Namespace, plan: Plan) -> Iterator[None]:
     """lightly's MoCo v2 with the options of `main_pcl.py`, a step at a time, for ever."""
     from lightly.data import LightlyDataset
     from lightly.loss import NTXentLoss
@@ -436,7 +436,7 @@ def moco_of_lightly(args: argparse.Namespace) -> Iterator[None]:
     from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
     from lightly.transforms import MoCoV2Transform
 
-    images = LightlyDataset(str(args.images), transform=MoCoV2Transform(args.image_size))
+    images = LightlyDataset(str(plan.images), transform=MoCoV2Transform(args.image_size))
     loader = DataLoader(images, args.batch_size, shuffle=True, num_workers=1, drop_last=True, persistent_workers=True)
     backbone, head = torchvision.models.resnet18(), MoCoProjectionHead(512, 512, args.low_dim)
     backbone.fc = torch.nn.Identity()

@@ -35,7 +35,8 @@ from matplotlib.figure import Figure
 from demo import ROOT
 from pcl import checkpoint
 from pcl.checkpoint import LAST_E_STEP
-from pcl.figures import COLORS, DPI, MARKERS
+from pcl.figures import DPI
+from pcl.plots import COLORS, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
 from pcl.run.options import Parser, positive

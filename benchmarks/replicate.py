@@ -64,7 +64,7 @@ from torchvision import transforms
 
 from demo import ARCH, ROOT, script
 from pcl import checkpoint, networks
-from pcl.augment import TwoViews
+from pcl.augment import Augmentation
 from pcl.checkpoint import LAST_E_STEP
 from pcl.clustering import Clustering, cluster
 from pcl.distributed import available_cores, seed_everything
@@ -72,6 +72,7 @@ from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.metrics import cluster_agreement, knn_accuracy
+from pcl.run import kept
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
 from pcl.run.options import Parser, positive
@@ -508,7 +509,7 @@ def backbone_of(run: Run, plan: Plan, args: Namespace, result: dict[str, Any]) -
     elif not run.backbone and "figures" not in result:
         command = [str(args.work / run.data), "--exp-dir", str(folder), *result["options"].split(), "--seed", str(run.seed)]
         run_script("benchmarks/oracle.py" if kind.endswith("oracle") else "main_pcl.py", *command)
-        trained = checkpoint.newest(folder)
+        trained = kept.newest(folder)
         checkpoint.save(file, checkpoint.load_backbone(trained)[0].state_dict())
         if kind.startswith("pcl") and run.data == "choose":
             result["gradient_ratio"] = gradient_ratio(command, trained)
@@ -545,8 +546,8 @@ def gradient_ratio(command: list[str], trained: Path, batches: int = 20) -> floa
     """
     args = main_pcl.get_parser().parse_args(command)
     seed_everything(args.seed)
-    view = main_pcl.RecipeView(args.image_size, args.aug_plus)
-    images = IndexedFolder(args.data / "train", TwoViews(view), args.seed, main_pcl.read_tensor)
+    views = Augmentation(args.image_size, args.aug_plus, on_device=True)
+    images = IndexedFolder(args.data / "train", views.two_views, args.seed, views.read)
     loader = make_loader(images, EpochSampler(images, args.seed), args.batch_size, workers=0, drop_last=True)
     model, device = main_pcl.make_model(args), torch.device("cpu")
     weights = checkpoint.load(trained)["state_dict"]
@@ -560,8 +561,8 @@ def gradient_ratio(command: list[str], trained: Path, batches: int = 20) -> floa
         return float(torch.stack([slope.norm() for slope in slopes]).norm())
 
     norms = []
-    for views, index in islice(loader, batches):
-        q, k, queue = model(*(main_pcl.images_of(view, device, args) for view in views))
+    for pair, index in islice(loader, batches):
+        q, k, queue = model(*(views.apply(view, device) for view in pair))
         instance = F.cross_entropy(*instance_logits(q, k, queue, args.temperature))
         prototype, _ = prototype_loss(q, index, clusterings, args.pcl_r, args.mask_duplicates)
         norms.append([norm(instance + args.proto_weight * prototype), norm(instance)])

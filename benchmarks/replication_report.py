@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pcl.figures import COLORS, DPI, MARKERS, Figure
+from pcl.figures import DPI, Figure
+from pcl.plots import COLORS, MARKERS
 
 Scores = dict[str, dict[int, dict[str, float]]]  # of each method and seed the figures in percent
 

@@ -16,6 +16,8 @@ from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
 from pcl.distributed import get_world_size, sum_over_ranks
 from pcl.run.launch import launch
 from pcl.run.logs import log
+from pcl.run.preflight import Plan
+from pcl.run.rendezvous import place_of
 
 NUM_IMAGES, NUM_CLUSTER, DIM, MEASURED = 2_000_000, 2_000, 128, 2  # at 1,000 images a cluster none is left out
 GRANULARITIES = (25_000, 50_000, 100_000)
@@ -53,4 +55,5 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     options = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "gloo", "seed": 0}
-    launch(work, argparse.Namespace(**options, deterministic=False, dist_timeout=600))
+    args = argparse.Namespace(**options, dist_timeout=600)
+    launch(work, args, Plan(place_of(args), seed=0))

@@ -1,8 +1,8 @@
-"""The random views with color, blur and normalization done on whole batches, on their device (`--augment-on device`).
+"""The views of an image: random ones for training, center crops, normalization.
 
-A loader's worker decodes, crops and flips bytes, and draws for each view its recipe, from the distributions that
-`pcl.augment.random_view` draws from. What is done with it is the same, but for rounding (there is none between the steps)
-and the blur (Pillow approximates a Gaussian by boxes).
+By default the loader's workers make a random view. With `--augment-on device` they only decode, crop and flip, and draw the
+parameters of the rest from the same distributions; colors and blur follow on whole batches, on their device. The result is
+the same up to rounding and the blur (Pillow approximates a Gaussian by boxes).
 
 Letters: B batch, H and W sides of an image. kornia's color jitter has one order of the four changes for a whole batch, not
 one for each image, and is not used.
@@ -24,15 +24,145 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.transforms.v2.functional import resized_crop
 
 from pcl.distributed import on_device
+from pcl.images import read_image, read_tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
-RECIPE = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
+CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
+PARAMETERS = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
 TAPS = 6  # of the blur to each side: three standard deviations of the largest
 
 
-class RecipeView:
-    """For a worker: an image's random crop, flipped or not, and the recipe for the rest.
+class Augmentation:
+    """The views of pre-training, in both modes: all on the loader's workers, or colors and blur later, on the device.
+
+    Args:
+        size: side of a view, pixels.
+        aug_plus: MoCo v2's augmentation instead of v1's.
+        on_device: only decode, crop and flip on the workers; `apply` does the rest on whole batches.
+
+    Attributes:
+        read: from a path to an image.
+        two_views: from that to the query's and the key's view, for `apply`.
+        center: from that to the E-step's center crop, (3, size, size) uint8.
+    """
+
+    def __init__(self, size: int, aug_plus: bool, on_device: bool) -> None:
+        self.on_device, self.aug_plus = on_device, aug_plus
+        self.read: Callable[[str], Any] = read_tensor if on_device else read_image
+        self.two_views = TwoViews((DeferredView if on_device else random_view)(size, aug_plus))
+        self.center = center_view(size, tensors=on_device)
+
+    def apply(self, view: Any, device: torch.device, channels_last: bool = False) -> Tensor:
+        """A loader's batch of views, (B, 3, size, size) uint8 -> the same shape, float32, normalized, on the device."""
+        if self.on_device:
+            crops, parameters = view
+            images = apply_deferred(crops.to(device, non_blocking=True), parameters, self.aug_plus)
+        else:
+            images = normalize(view.to(device, non_blocking=True))
+        return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
+
+    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
+    travel there and the loader's workers are spared the floating-point numbers.
+
+    Raises:
+        TypeError: images of another dtype, which may be normalized already.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
+    white, mean, std = pixel_statistics(images.device)
+    return images.float().div_(white).sub_(mean).div_(std)
+
+
+@cache
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return torch.tensor(255.0, device=device), mean, std
+
+
+class TwoViews:
+    """Two random views of an image: the query's and the key's."""
+
+    def __init__(self, view: Callable[[Any], Any]) -> None:
+        self.view = view
+
+    def __call__(self, image: Any) -> tuple[Any, Any]:
+        return self.view(image), self.view(image)
+
+
+def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
+    """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
+    if aug_plus:
+        color = [
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([GaussianBlur()], p=0.5),
+        ]
+    else:
+        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    crop = transforms.RandomResizedCrop(size, scale=CROP_SCALE)
+    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """A random crop, flipped or not, (3, size, size) uint8: what the linear probe trains on."""
+    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+
+class GaussianBlur:
+    """Pillow's Gaussian blur of a radius drawn from 0.1 to 2 pixels, as published (torchvision's differs in the pixels)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
+
+
+def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
+    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
+
+    With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
+    """
+    side = round(size * 8 / 7)
+    if tensors:
+        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
+    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
+    return transforms.Compose([*crop, transforms.PILToTensor()])
+
+
+class MiddleOfThin:
+    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
+
+    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
+    """
+
+    def __init__(self, side: int, size: int) -> None:
+        self.side, self.size = side, size
+
+    def __call__(self, image: Any) -> Any:
+        """A PIL image, or (3, H, W) uint8."""
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        if max(height, width) <= 16 * min(height, width):
+            return image
+        if isinstance(image, Tensor):
+            return pil_to_tensor(self(to_pil_image(image)))
+        if height > width:
+            return self(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
+        scaled = int(self.side * width / height)  # as Resize rounds
+        first = round((scaled - self.size) / 2) - round((self.side - self.size) / 2)
+        left, right = (place * width / scaled for place in (first, first + self.side))
+        # Pillow takes the box as 32-bit floats, so count from nearby; its filter reads a little beyond it.
+        margin = 2 + height // self.side
+        start, end = max(0, int(left) - margin), min(width, int(right) + margin)
+        box = (left - start, 0, right - start, height)
+        return image.crop((start, 0, end, height)).resize((self.side, self.side), Image.Resampling.BILINEAR, box)
+
+
+class DeferredView:
+    """On a worker: an image's random crop, flipped or not, and the parameters of the rest.
 
     Args:
         size: side of the view, pixels.
@@ -43,7 +173,7 @@ class RecipeView:
         self.size, self.aug_plus = size, aug_plus
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(3, H, W) uint8 -> (3, size, size) uint8 and (10,) float32, whose entries `RECIPE` names."""
+        """(3, H, W) uint8 -> (3, size, size) uint8 and (10,) float32, whose entries `PARAMETERS` names."""
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_SCALE, (3 / 4, 4 / 3))
         crop = resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
         if float(torch.rand(())) < 0.5:
@@ -51,7 +181,7 @@ class RecipeView:
         return crop, torch.tensor(self.draw(), dtype=torch.float32)
 
     def draw(self) -> list[float]:
-        """A recipe; factors of 1, a hue of 0 and a radius of 0 leave the image as it is."""
+        """Draw the parameters; factors of 1, a hue of 0 and a radius of 0 leave the image as it is."""
         hue = 0.1 if self.aug_plus else 0.4
         factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
         if not self.aug_plus or float(torch.rand(())) < 0.8:
@@ -62,15 +192,22 @@ class RecipeView:
         return [*factors, *order, grayscale, radius]
 
 
-def finish(images: Tensor, recipe: Tensor, aug_plus: bool) -> Tensor:
-    """Follow the recipes: (B, 3, H, W) uint8 on any device and (B, 10) on the CPU -> (B, 3, H, W) float32, normalized.
+def apply_deferred(images: Tensor, parameters: Tensor, aug_plus: bool) -> Tensor:
+    """Change colors, blur and normalize.
+
+    Args:
+        images: (B, 3, H, W) uint8 on any device.
+        parameters: (B, 10) on the CPU.
+
+    Returns:
+        (B, 3, H, W) float32, normalized.
 
     As published, v1 makes an image gray before its colors change, v2 (`aug_plus`) after it. The host never waits for a GPU,
-    since it is the host that knows the recipes.
+    since it knows the parameters.
     """
     white, mean, std = pixel_statistics(images.device)
     x = images.float().div_(white)
-    changes = plan(recipe, aug_plus)
+    changes = ordered_changes(parameters, aug_plus)
     rows, factors = torch.cat([rows for _, rows, _ in changes]), torch.cat([factor for *_, factor in changes])
     rows, factors = (on_device(t, x.device) for t in (rows, factors))  # in one transfer each
     lengths = [len(rows) for _, rows, _ in changes]
@@ -80,18 +217,18 @@ def finish(images: Tensor, recipe: Tensor, aug_plus: bool) -> Tensor:
     return x.sub_(mean).div_(std)
 
 
-def plan(recipe: Tensor, aug_plus: bool) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
+def ordered_changes(parameters: Tensor, aug_plus: bool) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
     """(B, 10) on the CPU -> one change after the other, with the images that it is for, int64, and the factor of each."""
     changes = []
     for position in range(4):
         for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
             neutral = float(change is not _hue)
-            chosen = (recipe[:, 4 + position] == number) & (recipe[:, number] != neutral)
+            chosen = (parameters[:, 4 + position] == number) & (parameters[:, number] != neutral)
             changes.append((change, number, chosen))
-    grayscale = (_grayscale, RECIPE.index("grayscale"), recipe[:, RECIPE.index("grayscale")] > 0)
+    grayscale = (_grayscale, PARAMETERS.index("grayscale"), parameters[:, PARAMETERS.index("grayscale")] > 0)
     changes.insert(len(changes) if aug_plus else 0, grayscale)
-    changes.append((_blur, RECIPE.index("radius"), recipe[:, RECIPE.index("radius")] > 0))
-    return [(change, rows, recipe[rows, number]) for change, number, chosen in changes for rows in [chosen.nonzero()[:, 0]]]
+    changes.append((_blur, PARAMETERS.index("radius"), parameters[:, PARAMETERS.index("radius")] > 0))
+    return [(change, rows, parameters[rows, number]) for change, number, chosen in changes for rows in [chosen.nonzero()[:, 0]]]
 
 
 def _grayscale(x: Tensor, _: Tensor | None = None) -> Tensor:
@@ -136,124 +273,3 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
     flat = F.conv2d(flat, weight, groups=count * channels)
     flat = F.conv2d(flat, weight.transpose(2, 3), groups=count * channels)
     return flat.view(count, channels, height, width)
-
-
-CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
-
-
-class TwoViews:
-    """Two random views of an image: the query's and the key's."""
-
-    def __init__(self, view: Callable[[Any], Any]) -> None:
-        self.view = view
-
-    def __call__(self, image: Any) -> tuple[Any, Any]:
-        return self.view(image), self.view(image)
-
-
-class GaussianBlur:
-    """Pillow's Gaussian blur of a radius drawn from 0.1 to 2 pixels, as published (torchvision's differs in the pixels)."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=float(torch.empty(1).uniform_(0.1, 2.0))))
-
-
-def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
-    """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
-    if aug_plus:
-        color = [
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([GaussianBlur()], p=0.5),
-        ]
-    else:
-        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    crop = transforms.RandomResizedCrop(size, scale=CROP_SCALE)
-    return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
-
-
-def crop_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """A random crop, flipped or not, (3, size, size) uint8: what the linear probe trains on."""
-    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
-
-
-class MiddleOfThin:
-    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
-
-    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
-    """
-
-    def __init__(self, side: int, size: int) -> None:
-        self.side, self.size = side, size
-
-    def __call__(self, image: Any) -> Any:
-        """A PIL image, or (3, H, W) uint8."""
-        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
-        if max(height, width) <= 16 * min(height, width):
-            return image
-        if isinstance(image, Tensor):
-            return pil_to_tensor(self(to_pil_image(image)))
-        if height > width:
-            return self(image.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
-        scaled = int(self.side * width / height)  # as Resize rounds
-        first = round((scaled - self.size) / 2) - round((self.side - self.size) / 2)
-        left, right = (place * width / scaled for place in (first, first + self.side))
-        # Pillow takes the box as 32-bit floats, so count from nearby; its filter reads a little beyond it.
-        margin = 2 + height // self.side
-        start, end = max(0, int(left) - margin), min(width, int(right) + margin)
-        box = (left - start, 0, right - start, height)
-        return image.crop((start, 0, end, height)).resize((self.side, self.side), Image.Resampling.BILINEAR, box)
-
-
-def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
-    """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
-
-    With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
-    """
-    side = round(size * 8 / 7)
-    if tensors:
-        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
-    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
-    return transforms.Compose([*crop, transforms.PILToTensor()])
-
-
-def normalize(images: Tensor) -> Tensor:
-    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
-
-    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
-    travel there and the loader's workers are spared the floating-point numbers.
-
-    Raises:
-        TypeError: images of another dtype, which may be normalized already.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
-    white, mean, std = pixel_statistics(images.device)
-    return images.float().div_(white).sub_(mean).div_(std)
-
-
-@cache
-def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    return torch.tensor(255.0, device=device), mean, std
-
-
-class Augmentation:
-    """Shim."""
-
-    def __init__(self, size: int, aug_plus: bool, on_device: bool) -> None:
-        from pcl.images import read_image, read_tensor
-
-        self.on_device, self.aug_plus = on_device, aug_plus
-        self.two_views = TwoViews((RecipeView if on_device else random_view)(size, aug_plus))
-        self.center = center_view(size, tensors=on_device)
-        self.read = read_tensor if on_device else read_image
-
-    def apply(self, view, device, channels_last=False):  # type: ignore[no-untyped-def]
-        if self.on_device:
-            crops, recipe = view
-            images = finish(crops.to(device, non_blocking=True), recipe, self.aug_plus)
-        else:
-            images = normalize(view.to(device, non_blocking=True))
-        return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

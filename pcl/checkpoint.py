@@ -7,7 +7,6 @@ Write the backbone of one for torchvision, without its fc (`pcl.export` has furt
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import warnings
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,6 @@ from torch import Tensor, nn
 from pcl.errors import RunError
 from pcl.networks import architectures, backbone, has_small_stem, new_network
 from pcl.terminal import leave_on_signals
-
-if TYPE_CHECKING:
-    from pcl.builder import MoCo
 
 NAMES = "checkpoint_*.pth.tar"  # in a run's folder: finished epochs by number, and the last one
 LAST = "checkpoint_last.pth.tar"
@@ -75,47 +71,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             part.unlink()
 
 
-def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
-    """The checkpoint in a run's folder that is furthest on; None if there is none.
-
-    Passes over one that cannot be opened and calls `tell` with a line about it. Opens numbered ones from the newest down to
-    the first good one: finding damage means reading the whole file.
-    """
-    found = []
-    for number, path in sorted(_numbered(folder), reverse=True):
-        try:
-            state = {"steps": 0} | load(path, map_location="meta")
-        except CheckpointError as error:
-            tell(f"passed over: {error}")
-            continue
-        if not _wrong_fields(state, ["epoch", "steps"]):
-            found.append((state["epoch"], state["steps"], path))
-            if number < math.inf:
-                break
-    return max(found)[2] if found else None
-
-
-def save_numbered(folder: Path, state: Mapping[str, Any], keep: int, keep_every: int) -> None:
-    """Save a finished epoch's checkpoint under its number, in place of the last one; `prune` the others."""
-    save(folder / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", state)
-    (folder / LAST).unlink(missing_ok=True)
-    prune(folder, keep, keep_every)
-
-
-def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Remove a run's numbered checkpoints except the `keep` newest (0: all) and those of every `keep_every`-th epoch."""
-    numbered = sorted((number, path) for number, path in _numbered(folder) if number < math.inf)
-    for epoch, path in numbered[:-keep] if keep else []:
-        if not keep_every or (epoch + 1) % keep_every:
-            path.unlink()
-
-
-def _numbered(folder: Path) -> list[tuple[float, Path]]:
-    """A run's checkpoints with their numbers; infinity if the name has none."""
-    found = [(re.search(r"_(\d+)\.pth", path.name), path) for path in folder.glob(NAMES)]
-    return [(int(match[1]) if match else math.inf, path) for match, path in found]
-
-
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """The dictionary in a checkpoint; nothing in the file is run.
 
@@ -162,7 +117,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
         CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a field is none of a run's.
     """
     state = {"seed": None, "deterministic": False, "steps": 0} | load(path)  # the published program writes none of these
-    if wrong := _wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
+    if wrong := wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
         raise CheckpointError(f"{path} is no checkpoint of a run to resume: {wrong}")
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
@@ -172,7 +127,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
     return state
 
 
-def load_init(path: str | Path, model: MoCo, arch: str) -> bool:
+def load_init(path: str | Path, model: Any, arch: str) -> bool:
     """Load both encoders of a new run from a checkpoint of PCL or MoCo, or from a torchvision state dict.
 
     Returns:
@@ -191,8 +146,7 @@ def load_init(path: str | Path, model: MoCo, arch: str) -> bool:
         prefix = next((p for p in (name, "encoder_q.") if any(n.startswith(p) for n in weights)), "")
         own = {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
         found = {n.removeprefix("fc."): own.pop(n) for n in list(own) if n.startswith("fc.")}
-        head: Any = encoder.fc
-        encoder.fc = nn.Identity()
+        head, encoder.fc = encoder.fc, nn.Identity()
         _load_exactly(path, encoder, own, f"the options (--arch {arch}, --small-stem?)")
         encoder.fc = head
         heads.append({n: v.shape for n, v in found.items()} == {n: v.shape for n, v in head.state_dict().items()})
@@ -246,7 +200,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     state = load(path)
     names = ["epoch", "arch", "state_dict", "optimizer", "classes", "seed", "deterministic", "source", "history"]
-    if wrong := _wrong_fields(state, names):
+    if wrong := wrong_fields(state, names):
         raise CheckpointError(f"{path} is no checkpoint of a linear probe: {wrong}")
     arch, classes = state["arch"], state["classes"]
     if arch not in architectures():
@@ -259,7 +213,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return network, state
 
 
-def _wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
+def wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
     """What is wrong with these fields of a checkpoint; empty if a run can go on from them."""
     if missing := [name for name in names if name not in state]:
         return f"it has no {', '.join(missing)}"

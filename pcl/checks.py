@@ -1,16 +1,22 @@
-"""Arguments of the public functions: numbers of any type that can work, or an error that names the argument."""
+"""Arguments of the public functions: numbers of any type that can work, or an error that names the argument.
+
+Letters: N rows, C features.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 import warnings
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+CHUNK = 2**16  # rows that are held in double precision at once
 
 
 def integer(name: str, value: Any, least: float = 0, most: float = math.inf) -> int:
@@ -100,3 +106,35 @@ def below(name: str, ids: Tensor, count: int) -> None:
     """ValueError if not all ids are 0..count-1. A GPU is not waited for."""
     if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= count):
         raise ValueError(f"{name} must hold numbers from 0 to {count - 1}; it holds {int(ids.min())} to {int(ids.max())}")
+
+
+def held_by_float32(
+    features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Move and divide rows (N, C) if float32 would not hold their distances; returns them, the mean (C,) and the size.
+
+    The clusters depend on neither, but faiss's distances are differences of squares, of which a common part far larger than
+    the spread leaves nothing. Other rows, such as PCL's of unit length, stay as they are; then the mean is None.
+
+    Args:
+        features: all rows, or those of this rank.
+        add_up: sums float64 tensors over the ranks.
+    """
+    dim = features.shape[1]
+    sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
+    for rows in features.split(CHUNK):
+        rows = rows.double()
+        square = rows.square().sum(dim=1)
+        others = ((square - 1).abs() > 0.02).sum()
+        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
+    sums = add_up(sums)
+    if not sums.isfinite().all():
+        raise ValueError("features are not finite, or too large to be squared")
+    mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
+    square, one = square / count, torch.ones_like(count)
+    if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
+        return features, None, one
+    features = features.double() - mean
+    size = (add_up(features.square().sum()) / count).sqrt()
+    size = torch.where(size > 0, size, one)  # of identical rows
+    return (features / size).float(), mean, size

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcl.checks import above_zero, below, integer, tensors
+from pcl.checks import above_zero, below, held_by_float32, integer, tensors
 from pcl.distributed import get_rank, get_world_size
 
 RESTARTS = 5  # published setting (faiss: nredo)
 ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
 RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
-CHUNK = 2**16  # rows that are held in double precision at once
 LARGEST = 1e15  # of a feature, so that its square is far within float32
 
 
@@ -48,29 +47,26 @@ class Clustering:
         return Clustering(self.im2cluster.to(device), self.prototypes.to(device), self.concentration.to(device))
 
 
+torch.serialization.add_safe_globals([Clustering])  # torch.load(weights_only=True) opens one that torch.save wrote
+
+
 def concentration(
-    distance: Tensor | np.ndarray,
-    im2cluster: Tensor | np.ndarray,
-    num_cluster: int,
-    temperature: float,
-    alpha: float = 10,
+    distance: Tensor | np.ndarray, im2cluster: Tensor | np.ndarray, num_cluster: int, temperature: float, alpha: float = 10
 ) -> Tensor:
     """Concentration phi of each cluster: small where the images lie close to their centroid (PCL, equation 12).
 
     Args:
         distance: (N,) float, L2 (not squared) distance of each image to the centroid of its cluster.
         im2cluster: (N,) integer, the cluster of each image, 0..K-1.
-        num_cluster: K.
         temperature: the mean of the result.
         alpha: smoothing, so that small clusters do not get a large phi.
 
     Returns:
-        (K,), of `distance`'s dtype: positive and finite, whatever the clusters hold.
+        (K,), of `distance`'s dtype: positive and finite. Clusters of at most one image take the largest phi; then all are
+        clipped to their 10th and 90th percentile.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be right.
-
-    Clusters of at most one image take the largest phi; then all are clipped to their 10th and 90th percentile.
+        TypeError, ValueError: an argument that cannot be right, as in all functions here.
     """
     distance, im2cluster = tensors(distance=(distance, "n"), im2cluster=(im2cluster, "int n"))
     num_cluster, temperature = integer("num_cluster", num_cluster, least=1), above_zero("temperature", temperature)
@@ -98,28 +94,20 @@ def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alph
 
 
 def kmeans(
-    features: np.ndarray,
-    num_cluster: int,
-    seed: int,
-    restart: int = 0,
-    device: torch.device | None = None,
+    features: np.ndarray, num_cluster: int, seed: int, restart: int = 0, device: torch.device | None = None,
     algorithm: str = "faiss",
-) -> tuple[float, np.ndarray]:
+) -> tuple[float, np.ndarray]:  # fmt: skip
     """One restart of faiss's k-means, the same to the bit as restart number `restart` inside a faiss run with several.
 
     Args:
         features: (N, C) float, N >= K.
-        num_cluster: K.
-        seed: seed of the whole run (all its restarts), any integer; faiss takes 31 bits of it.
+        seed: of the whole run (all its restarts), any integer; faiss takes 31 bits of it.
         restart: 0..RESTARTS-1.
         device: a CUDA device clusters there if this faiss can; anything else on the CPU.
-        algorithm: "super" is faiss's SuperKMeans, on the CPU, for C >= 32: it leaves out what is unlikely to be nearest.
+        algorithm: "super" is faiss's SuperKMeans, on the CPU, for C >= 32: it skips centroids that are unlikely to be nearest.
 
     Returns:
         the objective (sum of squared distances, lower is better) and the raw centroids (K, C), float32.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right, features that are not finite.
     """
     (features,) = _points(features=(features, "N C"))
     num_images, dim = features.shape
@@ -146,7 +134,7 @@ def kmeans(
 
 
 def seeds_of(seed: int, restart: int) -> tuple[int, int]:
-    """Of a whole run and of one of its restarts, as faiss takes them: by a negative one it means the time of day."""
+    """The seeds of a run and of one of its restarts, never negative: faiss would take the time of day."""
     seed = integer("seed", seed, -np.inf)
     return seed % 2**31, (seed + integer("restart", restart) * RESTART_SEED_STEP) % 2**31
 
@@ -159,18 +147,10 @@ def permutation(count: int, seed: int) -> np.ndarray:
     return order
 
 
-def describe(features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None) -> Clustering:
-    """Assign each image to its nearest raw centroid; measure the clusters.
-
-    Args:
-        features: (N, C) float32.
-        centroids: (K, C) float32, as k-means left them.
-        temperature: mean concentration.
-        device: as for `kmeans`.
-
-    Returns:
-        the clustering, on the CPU.
-    """
+def assign_and_measure(
+    features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None
+) -> Clustering:
+    """Assign features (N, C) to their nearest raw centroid (K, C), both float32; the clustering, on the CPU."""
     features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
@@ -192,19 +172,10 @@ def nearest_centroids(
 def nearest_neighbours(
     known: Tensor | np.ndarray, query: Tensor | np.ndarray, k: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of `known` of largest inner product with each query, by exact search.
-
-    Args:
-        known: (N, C) float; unit length where the inner product is to be the cosine.
-        query: (Q, C) float.
-        k: 1 to N.
-        device: as for `kmeans`.
+    """The k rows of `known` (N, C) with the largest inner product with each query (Q, C), by exact search.
 
     Returns:
         inner products (Q, k) float32, largest first, and row numbers (Q, k) int64, on the CPU.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right, rows that are not finite.
     """
     known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
@@ -216,7 +187,7 @@ def nearest_neighbours(
 def one_by_one(
     function: Callable[[Any], Sequence[Tensor]], jobs: Sequence[Any], cost: Sequence[float]
 ) -> list[Sequence[Tensor]]:
-    """Every job in this process; the stand-in for `pcl.distributed.shared_map`."""
+    """Do every job in this process; `pcl.distributed.shared_map` shares them."""
     return [function(job) for job in jobs]
 
 
@@ -228,7 +199,7 @@ def cluster_all(
     share: Callable[[Callable, Sequence, Sequence[float]], list] = one_by_one,
     algorithm: str = "faiss",
 ) -> list[Clustering]:
-    """Cluster the same features at several granularities; the best of RESTARTS restarts counts for each.
+    """Cluster the same features at several granularities, each by the best of RESTARTS restarts.
 
     Args:
         features: (N, C) real numbers of any type, unit length for PCL. On a CUDA device that this faiss cannot use,
@@ -237,21 +208,18 @@ def cluster_all(
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
         share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job;
-            `pcl.distributed.shared_map` spreads the jobs over the ranks, with the same result.
+            `pcl.distributed.shared_map` spreads the jobs over the ranks of a group, with the same result.
         algorithm: as for `kmeans`.
 
     Returns:
         a clustering for each granularity, on the device of `features`.
-
-    Raises:
-        TypeError, ValueError: more clusters than images, features that are not finite, an argument that cannot be right.
     """
     (features,) = tensors(features=(features, "N C"))
     device, temperature = features.device, above_zero("temperature", temperature)
     granularities = granularities_of(num_clusters, seeds, len(features))
     num_clusters, seeds = zip(*granularities, strict=True)
     if algorithm == "faiss" and faiss_lacks(device):
-        from pcl.sharded import cluster_all_sharded
+        from pcl.sharded import cluster_all_sharded  # imports this module
 
         rows = features.detach().float()[get_rank() :: get_world_size()]
         return cluster_all_sharded(rows, len(features), num_clusters, temperature, seeds)
@@ -272,7 +240,7 @@ def cluster_all(
     def measure(job: tuple[int, int, int]) -> tuple[Tensor, ...]:
         if job not in best:
             return ()
-        (found,) = moved_back([describe(points, centroids[job], temperature, device)], [centroids[job]], mean, size)
+        (found,) = moved_back([assign_and_measure(points, centroids[job], temperature, device)], [centroids[job]], mean, size)
         return found.im2cluster, found.prototypes, found.concentration
 
     # Jobs of the same cost are done where they were before: the centroids need not travel.
@@ -295,46 +263,10 @@ def granularities_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, n
     return list(zip(num_clusters, seeds, strict=True))
 
 
-def held_by_float32(
-    features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows (N, C) such that float32 holds their distances; the mean (C,) and the size by which they were moved and divided.
-
-    The clusters do not depend on either, but faiss's distances are differences of squares: where a common part is far
-    larger than the spread, nothing is left of them. Rows of unit length, as PCL's, and others that float32 holds stay as they
-    are; then the mean is None.
-
-    Args:
-        features: all rows, or those of this rank.
-        add_up: sums float64 tensors over the ranks.
-
-    Raises:
-        ValueError: features that are not finite.
-    """
-    dim = features.shape[1]
-    sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
-    for rows in features.split(CHUNK):
-        rows = rows.double()
-        square = rows.square().sum(dim=1)
-        others = ((square - 1).abs() > 0.02).sum()
-        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
-    sums = add_up(sums)
-    if not sums.isfinite().all():
-        raise ValueError("features are not finite, or too large to be squared")
-    mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
-    square, one = square / count, torch.ones_like(count)
-    if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
-        return features, None, one
-    features = features.double() - mean
-    size = (add_up(features.square().sum()) / count).sqrt()
-    size = torch.where(size > 0, size, one)  # of identical rows
-    return (features / size).float(), mean, size
-
-
 def moved_back(
     clusterings: list[Clustering], centroids: Sequence[Tensor | np.ndarray], mean: Tensor | None, size: Tensor
 ) -> list[Clustering]:
-    """With the prototypes of the rows that `held_by_float32` was given, from the centroids of those that it gave."""
+    """Give clusterings of the rows from `held_by_float32` the prototypes of the rows that went in."""
     if mean is None:
         return clusterings
     rows = [F.normalize(mean + size * torch.as_tensor(c), dim=1, eps=1e-300).float() for c in centroids]  # float64 until here
@@ -342,7 +274,7 @@ def moved_back(
 
 
 def _points(**rows: tuple[Any, str]) -> list[np.ndarray]:
-    """Rows as faiss takes them without harm: float32, finite, on the CPU, of the shapes that `pcl.checks.tensors` is given."""
+    """Rows as faiss takes them: float32, finite, on the CPU, of the shapes for `pcl.checks.tensors`."""
     points = [tensor.detach().float().cpu().contiguous().numpy() for tensor in tensors(**rows)]
     for name, array in zip(rows, points, strict=True):
         if array.size and not (array.min() > -LARGEST and array.max() < LARGEST):

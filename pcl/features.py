@@ -1,15 +1,34 @@
-"""Features of a whole data set, each image passed through the network once, the ranks sharing the work."""
+"""Features of a data set through a network, and what they are worth: kNN, clusters, logistic regression.
+
+    python -m pcl.features CHECKPOINT DIR                                   features of the backbone, kNN
+    python -m pcl.features CHECKPOINT DIR --momentum --num-cluster 25000    momentum features, kNN and AMI as in the paper
+    python -m pcl.features CHECKPOINT DIR --logistic --out my_features      logistic regression, scored on DIR/val/<class>/
+
+Letters: N images, C features, K clusters.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from pcl.augment import normalize
-from pcl.distributed import gather_interleaved, get_rank, get_world_size
-from pcl.errors import RunError
+from pcl.augment import center_view, normalize
+from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at
+from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size
+from pcl.errors import USER_ERRORS, RunError, reason_of
+from pcl.evaluation import check, claim, evaluate
+from pcl.loader import IndexedFolder, make_loader
+from pcl.networks import architectures
+from pcl.terminal import leave_on_signals, printable
 
 
 @torch.no_grad()
@@ -50,3 +69,125 @@ def extract_share(
         features[done : done + len(batch)] = batch
         done += len(batch)
     return features
+
+
+def load_momentum_encoder(path: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
+    """The key encoder of a pre-training checkpoint with its head, in eval mode, and its architecture.
+
+    Its outputs, put to unit length, are the features of the E-step and of the paper's kNN.
+
+    Raises:
+        CheckpointError: as for `pcl.checkpoint.load_backbone`; also if the file has no key encoder.
+    """
+    network, arch = load_backbone(path, arch)
+    state = load(path)
+    named = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    weights = {name.removeprefix("encoder_k."): v for name, v in named.items() if name.startswith("encoder_k.")}
+    if not weights:
+        raise CheckpointError(f"{path} has no momentum encoder, as pre-training saves it; leave out --momentum")
+    try:
+        heads = [weights[name] for name in ("fc.weight", "fc.0.weight", "fc.2.weight") if name in weights]
+        layers = [nn.Linear(head.shape[1], head.shape[0]) for head in heads]
+        network.fc = layers[0] if len(layers) == 1 else nn.Sequential(layers[0], nn.ReLU(), layers[1])
+        network.load_state_dict(weights)
+    except Exception as error:  # of many kinds
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: its momentum encoder does not fit {arch} ({reason}); leave out --momentum") from error
+    return network.eval(), arch
+
+
+def open_splits(data: Path, view: Callable[[Any], Tensor]) -> dict[str, IndexedFolder]:
+    """The images of DIR/train, else of DIR itself, as "train"; those of DIR/val, if there is one, as "val".
+
+    Raises:
+        RunError: no images; other classes in DIR/val than in DIR/train; a file's name that fills two lines.
+    """
+    train, val = data / "train", data / "val"
+    if val.is_dir() and not train.is_dir():
+        raise RunError(f"DIR {data}: it has val/ and no train/; name {val} for its images alone")
+    try:
+        splits = {"train": IndexedFolder(train if train.is_dir() else data, view)}
+        if val.is_dir():
+            splits["val"] = IndexedFolder(val, view)
+    except FileNotFoundError as error:
+        raise RunError(f"DIR {data}: {error if data.is_dir() else 'no such folder'}") from error
+    except OSError as error:
+        raise RunError(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable") from error
+    for images in splits.values():
+        if broken := [name for name in images.names(data) if "\n" in name]:
+            raise RunError(f"DIR {data}: the name of {broken[0]} fills two lines; rename it")
+    if splits["train"].classes and "val" in splits and splits["val"].classes not in ([], splits["train"].classes):
+        raise RunError(f"DIR {data}: train/ and val/ must hold the same class folders")
+    return splits
+
+
+def _integer(text: str, least: int = 1) -> int:
+    if not (text.isdecimal() and least <= int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+    return int(text)
+
+
+def _integers(text: str) -> list[int]:
+    if len(set(values := [_integer(part) for part in text.split(",")])) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
+    return values
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    # fmt: off
+    parser = _Parser("python -m pcl.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="as for --pretrained of the scripts")
+    parser.add_argument("data", type=Path, metavar="DIR", help="holds train/<class>/ and perhaps val/, <class>/, or images")
+    parser.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
+    parser.add_argument("--out", type=Path, default=Path("features"), metavar="FOLDER", help="for the results (features)")
+    parser.add_argument("--momentum", action="store_true", help="the momentum encoder's features with its head, of unit length")
+    parser.add_argument("--num-cluster", type=_integers, default=[], metavar="K,K,...", help="k-means as in the E-step")
+    parser.add_argument("--logistic", action="store_true", help="logistic regression, scored on val/")
+    parser.add_argument("--image-size", type=_integer, metavar="PIXELS", help="by default what the checkpoint says, else 224")
+    parser.add_argument("-b", "--batch-size", type=_integer, default=128, metavar="N",
+                        help="images passed through at once (128)")
+    parser.add_argument("-j", "--workers", type=partial(_integer, least=0), default=8, metavar="N",
+                        help="loader processes, at most one a core (8)")
+    # fmt: on
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    code = 2
+    try:
+        network, arch = (load_momentum_encoder if args.momentum else load_backbone)(args.checkpoint, args.arch)
+        size = args.image_size or trained_at(args.checkpoint) or 224
+        if 12 * args.batch_size * size**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
+        splits = open_splits(args.data, center_view(size))
+        check(splits, args.num_cluster, args.logistic)
+        claim(args.out)
+        code = 1
+        features = {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name, images in splits.items():
+            loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
+            batches = tqdm(loader, name, leave=False, disable=None)
+            features[name] = extract_features(network.to(device), batches, len(images), device)
+        if args.momentum:
+            features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
+        kind = "momentum" if args.momentum else "backbone"
+        made = {"checkpoint": str(args.checkpoint), "arch": arch, "features": kind, "image_size": size, "data": str(args.data)}
+        evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
+    except (*USER_ERRORS, MemoryError, torch.OutOfMemoryError) as error:
+        remedy = "" if isinstance(error, USER_ERRORS) else "; lower --batch-size or --image-size"
+        reason = reason_of(error).partition(", or leave such files out")[0] + remedy  # with an option of pre-training
+        parser.exit(code, f"{parser.prog}: error: {printable(reason)}\n")
+
+
+if __name__ == "__main__":
+    with leave_on_signals():
+        main()

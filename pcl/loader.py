@@ -31,9 +31,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from pcl.augment import center_view, random_view  # noqa: F401  people look for views and readers here too
 from pcl.distributed import derive_seed, get_rank, get_world_size
 from pcl.errors import RunError
-from pcl.images import (  # noqa: F401  people look for both readers beside the views
+from pcl.images import (  # noqa: F401
     UnreadableImageError,
     bits_used,
     find_images,
@@ -132,6 +133,11 @@ class IndexedFolder(Dataset):
     def path(self, index: int) -> str:
         """Path of an image's file."""
         return os.fsdecode(self._paths[index])
+
+    def names(self, folder: str | Path | None = None) -> list[str]:
+        """Each image's file relative to `folder`, by default the root."""
+        start = len(self.path(0)) - len(os.path.relpath(self.path(0), folder or self.root))
+        return [os.fsdecode(path)[start:] for path in self._paths.tolist()]
 
     def fingerprint(self) -> int:
         """CRC-32 of the paths below the root and some files' sizes: equal numbers mean the same images."""
@@ -237,12 +243,16 @@ class _Loader(DataLoader):
 
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+        reports = Queue.__dict__["_on_queue_feeder_error"]
+        # An index for a worker that is gone is not worth a traceback: the next batch raises an error.
+        Queue._on_queue_feeder_error = staticmethod(lambda *_: None)  # type: ignore[attr-defined]
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
         util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
         try:
             with shielded():
                 return super().__iter__()
         finally:
+            Queue._on_queue_feeder_error = reports  # type: ignore[attr-defined]
             self.workers += tuple(set(active_children()) - set(earlier))
             # torch's handler raises an error anywhere, even inside a save. The next batch raises it too.
             if signal.getsignal(signal.SIGCHLD) != handler:

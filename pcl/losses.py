@@ -108,14 +108,14 @@ def prototype_logits(
 
 
 def prototype_loss(
-    q: Tensor, index: Tensor, clusterings: Sequence[Clustering], r: int, mask_duplicates: bool = False
+    q: Tensor, index: Tensor, clusterings: Clustering | Sequence[Clustering], r: int, mask_duplicates: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The prototype term of ProtoNCE: the mean over granularities of the cross-entropy of `prototype_logits`.
 
     Args:
         q: (B, C) unit-length queries.
         index: (B,) int64, where in the data set each image stands.
-        clusterings: at least one granularity of the E-step.
+        clusterings: one granularity of the E-step, or several.
         r: negatives to draw in each.
         mask_duplicates: as for `prototype_logits`.
 
@@ -127,6 +127,8 @@ def prototype_loss(
     """
     q, index = tensors(q=(q, "B C"), index=(index, "int B"))
     r = integer("r", r)
+    if not isinstance(clusterings, Sequence):
+        clusterings = [clusterings]
     if not clusterings:
         raise ValueError("clusterings is empty")
     losses, hits = [], []

@@ -35,8 +35,7 @@ def knn_accuracy(
         k: neighbours; all known images if there are fewer.
         temperature: the smaller, the more the nearest neighbours count.
     """
-    known, known_label, query, label = _labelled(known, known_label, query, label)
-    return _vote_accuracy(known, known_label, query, label, k, temperature)
+    return _vote_accuracy(_labelled(known, known_label, query, label), k, temperature)
 
 
 def leave_one_out_accuracy(
@@ -52,7 +51,7 @@ def leave_one_out_accuracy(
     order = np.random.default_rng(integer("seed", seed)).permutation(len(features))
     chosen = torch.from_numpy(order[: integer("most", most, 1)]).to(features.device)  # (Q,)
     features = F.normalize(features.detach(), dim=1)
-    return _vote_accuracy(features, label, features[chosen], label[chosen], k, temperature, chosen.cpu())
+    return _vote_accuracy([features, label, features[chosen], label[chosen]], k, temperature, chosen.cpu())
 
 
 def one_shot_accuracy(
@@ -84,10 +83,9 @@ def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) 
     return result
 
 
-def _vote_accuracy(
-    known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int, temperature: float, itself: Tensor | None = None
-) -> float:
-    """`knn_accuracy` of unit-length features; `itself` (Q,) is each query's own row in `known`, which does not vote."""
+def _vote_accuracy(labelled: list[Tensor], k: int, temperature: float, itself: Tensor | None = None) -> float:
+    """`knn_accuracy` of what `_labelled` returns; `itself` (Q,) is each query's own row in `known`, which does not vote."""
+    known, known_label, query, label = labelled
     k, temperature = integer("k", k, 1), above_zero("temperature", temperature)
     # One more neighbour, since an image is its own nearest one (or one of several equal ones).
     count = min(k + (itself is not None), len(known))

@@ -20,7 +20,7 @@ from faiss.contrib.clustering import kmeans
 from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
-from pcl.checks import above_zero, integer, tensors
+from pcl.checks import CHUNK, above_zero, held_by_float32, integer, tensors
 from pcl.clustering import (
     ITERATIONS,
     MAX_POINTS,
@@ -28,7 +28,6 @@ from pcl.clustering import (
     Clustering,
     concentration_of_sums,
     granularities_of,
-    held_by_float32,
     moved_back,
     nearest_centroids,
     permutation,
@@ -36,7 +35,6 @@ from pcl.clustering import (
 )
 from pcl.distributed import gather_interleaved, get_rank, get_world_size, sum_over_ranks
 
-CHUNK = 2**16  # images whose features are held in double precision at once
 TILE = 4096, 2048  # images and centroids whose distances a GPU holds at once: 32 MiB, which its cache may keep
 
 
@@ -159,7 +157,7 @@ class Share(DatasetAssign):
 def describe_sharded(
     features: Tensor, num_images: int, centroids: Tensor, temperature: float, tf32: bool = False
 ) -> Clustering:
-    """Assign every image to its nearest raw centroid and measure the clusters, as `pcl.clustering.describe`."""
+    """Assign every image to its nearest raw centroid and measure the clusters, as `pcl.clustering.assign_and_measure`."""
     squared, nearest = assign(features, centroids, tf32)
     sums = features.new_zeros(2, len(centroids), dtype=torch.float64)  # size, sum of distances
     sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import ColorJitter, functional
 
-from pcl.augment import MEAN, RECIPE, STD, RecipeView, TwoViews, center_view, finish, normalize
+from pcl.augment import MEAN, PARAMETERS, STD, DeferredView, TwoViews, apply_deferred, center_view, normalize
 from pcl.images import read_image, read_tensor
 from pcl.loader import IndexedFolder, make_loader
 
@@ -22,7 +22,7 @@ def photos(count=24, side=64):
 
 def by_torchvision(image, recipe, aug_plus, pil):
     """(3, H, W) floats in 0..1: the same recipe, one step after the other; PIL rounds to bytes at each."""
-    entry = dict(zip(RECIPE, recipe.tolist(), strict=True))
+    entry = dict(zip(PARAMETERS, recipe.tolist(), strict=True))
     image = functional.to_pil_image(image) if pil else image.float() / 255
     grayscale = partial(functional.to_grayscale if pil else functional.rgb_to_grayscale, num_output_channels=3)
     change = [
@@ -46,16 +46,16 @@ def levels_apart(images, recipe, aug_plus, pil):
     """The mean difference from torchvision's pixels, of 255 levels."""
     expected = torch.stack([by_torchvision(image, r, aug_plus, pil) for image, r in zip(images, recipe, strict=True)])
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return float((finish(images, recipe, aug_plus) * std + mean - expected).abs().mean() * 255)
+    return float((apply_deferred(images, recipe, aug_plus) * std + mean - expected).abs().mean() * 255)
 
 
 @pytest.mark.parametrize("aug_plus", [False, True], ids=["v1", "v2"])
 def test_with_equal_recipes_the_pixels_are_torchvision_s(aug_plus):
-    images, view = photos(), RecipeView(64, aug_plus)
+    images, view = photos(), DeferredView(64, aug_plus)
     recipe = torch.tensor([view.draw() for _ in images])
     assert levels_apart(images, recipe, aug_plus, pil=False) < 0.2
     assert levels_apart(images, recipe, aug_plus, pil=True) <= 2
-    assert float((finish(images, recipe, aug_plus) - normalize(images)).abs().mean()) > 0.2  # there was something to do
+    assert float((apply_deferred(images, recipe, aug_plus) - normalize(images)).abs().mean()) > 0.2  # there was something to do
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -68,21 +68,21 @@ def test_each_change_alone_is_torchvision_s(number):
 
 
 def test_an_image_s_views_do_not_depend_on_its_batch():
-    images, view = photos(), RecipeView(64, True)
+    images, view = photos(), DeferredView(64, True)
     recipe = torch.tensor([view.draw() for _ in images])
-    together = finish(images, recipe, True)
-    alone = torch.cat([finish(images[i : i + 1], recipe[i : i + 1], True) for i in range(len(images))])
+    together = apply_deferred(images, recipe, True)
+    alone = torch.cat([apply_deferred(images[i : i + 1], recipe[i : i + 1], True) for i in range(len(images))])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_nothing_to_do_is_normalization_to_the_bit():
     neutral = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]]).repeat(24, 1)
-    assert torch.equal(finish(photos(), neutral, True), normalize(photos()))
+    assert torch.equal(apply_deferred(photos(), neutral, True), normalize(photos()))
 
 
 @pytest.mark.parametrize("aug_plus", [False, True], ids=["v1", "v2"])
 def test_recipes_follow_the_published_distributions(aug_plus):
-    drawn = np.array([RecipeView(32, aug_plus).draw() for _ in range(6000)])
+    drawn = np.array([DeferredView(32, aug_plus).draw() for _ in range(6000)])
     brightness, contrast, saturation, hue = drawn[:, :4].T
     changed = brightness != 1
     assert changed.mean() == pytest.approx(0.8 if aug_plus else 1, abs=0.02)
@@ -111,7 +111,7 @@ def test_crops_are_those_of_the_published_view():
     """A gradient tells where a crop was taken: area and position are distributed as RandomResizedCrop's."""
     x = torch.arange(200).repeat(200, 1)
     gradient = torch.stack([x, x.T, torch.zeros_like(x)]).byte()
-    view, shares, flipped = RecipeView(40, False), [], []
+    view, shares, flipped = DeferredView(40, False), [], []
     for _ in range(1500):
         crop, _ = view(gradient)
         width = float(crop[0, 0, -1]) - float(crop[0, 0, 0])
@@ -125,21 +125,23 @@ def test_crops_are_those_of_the_published_view():
 
 def test_a_loader_gives_recipes_that_depend_on_seed_epoch_and_index_alone(image_folder):
     def batches(workers):
-        folder = IndexedFolder(image_folder / "train", TwoViews(RecipeView(32, True)), 3, read_tensor)
+        folder = IndexedFolder(image_folder / "train", TwoViews(DeferredView(32, True)), 3, read_tensor)
         return [views for views, _ in make_loader(folder, range(25), 5, workers)]
 
     for one, other in zip(batches(0), batches(2), strict=True):
         for (crop, recipe), (crop_too, recipe_too) in zip(one, other, strict=True):
-            assert (crop.shape, crop.dtype, recipe.shape) == ((5, 3, 32, 32), torch.uint8, (5, len(RECIPE)))
+            assert (crop.shape, crop.dtype, recipe.shape) == ((5, 3, 32, 32), torch.uint8, (5, len(PARAMETERS)))
             assert torch.equal(crop, crop_too)
             assert torch.equal(recipe, recipe_too)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_views():
-    images, view = photos(), RecipeView(64, True)
+    images, view = photos(), DeferredView(64, True)
     recipe = torch.tensor([view.draw() for _ in images])
-    torch.testing.assert_close(finish(images.cuda(), recipe, True).cpu(), finish(images, recipe, True), rtol=0, atol=2e-2)
+    torch.testing.assert_close(
+        apply_deferred(images.cuda(), recipe, True).cpu(), apply_deferred(images, recipe, True), rtol=0, atol=2e-2
+    )
     assert torch.equal(normalize(images.cuda()).cpu(), normalize(images))
 
 
@@ -149,7 +151,7 @@ def test_the_blur_is_almost_pillow_s():
     for image, radius in zip(photos(), np.linspace(0.1, 2, 24), strict=True):
         neutral[0, -1] = radius
         expected = functional.to_tensor(functional.to_pil_image(image).filter(ImageFilter.GaussianBlur(float(radius))))
-        difference = (finish(image[None], neutral, True)[0] * std + mean - expected).abs() * 255
+        difference = (apply_deferred(image[None], neutral, True)[0] * std + mean - expected).abs() * 255
         assert float(difference.mean()) <= 2
 
 

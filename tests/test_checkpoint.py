@@ -17,19 +17,10 @@ from conftest import assert_same, run_script
 
 from pcl import checkpoint
 from pcl.builder import MoCo
-from pcl.checkpoint import (
-    CheckpointError,
-    load,
-    load_backbone,
-    load_for_resume,
-    load_optimizer,
-    load_probe,
-    newest,
-    prune,
-    save,
-)
+from pcl.checkpoint import CheckpointError, load, load_backbone, load_for_resume, load_optimizer, load_probe, save
 from pcl.errors import RunError
 from pcl.networks import architectures, backbone, new_network, takes_small_stem, without_numbers
+from pcl.run.kept import newest, prune
 
 ARCH = "shufflenet_v2_x0_5"
 

@@ -5,7 +5,7 @@ import torch
 from conftest import GOLDEN, save_result
 
 from pcl import clustering
-from pcl.clustering import Clustering, cluster, cluster_all, concentration, describe, nearest_neighbours
+from pcl.clustering import Clustering, assign_and_measure, cluster, cluster_all, concentration, nearest_neighbours
 from pcl.distributed import shared_map
 from pcl.metrics import cluster_agreement
 
@@ -21,7 +21,7 @@ def test_concentration_and_prototypes_are_the_published_ones(number):
         distance = np.sqrt(golden["squared_distance"])
         ours = concentration(distance, golden["assignment"], len(golden["density"]), float(golden["temperature"]))
         np.testing.assert_allclose(ours, golden["density"], rtol=1e-5)
-        described = describe(golden["raw_centroids"], golden["raw_centroids"], 0.2)
+        described = assign_and_measure(golden["raw_centroids"], golden["raw_centroids"], 0.2)
         np.testing.assert_allclose(described.prototypes, golden["centroids"], atol=1e-6)
 
 
@@ -79,7 +79,9 @@ def test_the_restart_with_the_best_objective_wins(monkeypatch):
         clustering, "kmeans", lambda x, k, seed, restart, *_: (next(objectives), np.full((k, 4), 1 + restart, np.float32))
     )
     seen = []
-    monkeypatch.setattr(clustering, "describe", lambda x, centroids, t, device: seen.append(centroids[0, 0]) or fake())
+    monkeypatch.setattr(
+        clustering, "assign_and_measure", lambda x, centroids, t, device: seen.append(centroids[0, 0]) or fake()
+    )
     cluster(unit_rows(10, 4), 2, 0.2)
     assert seen == [2.0]  # restart 1; restart 3 is as good, but later
 
@@ -177,7 +179,7 @@ WRONG = {
     "kmeans, K > N": (lambda: clustering.kmeans(X.numpy(), 21, 0), "num_cluster"),
     "centroids of other columns": (lambda: clustering.nearest_centroids(X, X[:, :4]), "centroids"),
     "no centroid": (lambda: clustering.nearest_centroids(X, X[:0]), "centroids"),
-    "centroids that are no numbers": (lambda: describe(X, X / 0, 0.2), "centroids"),
+    "centroids that are no numbers": (lambda: assign_and_measure(X, X / 0, 0.2), "centroids"),
     "queries of other columns": (lambda: nearest_neighbours(X, X[:, :4], 1), "query"),
     "more neighbours than rows": (lambda: nearest_neighbours(X, X, 21), "k"),
     "no neighbour": (lambda: nearest_neighbours(X, X, 0), "k"),
@@ -260,3 +262,12 @@ def test_the_pruned_search_reaches_the_same_objective():
     assert pruned == pytest.approx(plain, rel=1e-2)
     nearest = np.square(features[:, None] - centroids[None]).sum(axis=2).min(axis=1).sum()
     assert pruned == pytest.approx(float(nearest), rel=1e-2)
+
+
+def test_a_clustering_is_saved_and_opened_safely(tmp_path):
+    found = clustering.cluster(torch.randn(40, 8), 5, temperature=0.2)
+    assert found.num_used == 5  # is kept with it
+    torch.save({"clusterings": [found]}, tmp_path / "c.pth")
+    (opened,) = torch.load(tmp_path / "c.pth", weights_only=True)["clusterings"]
+    for name in ("im2cluster", "prototypes", "concentration"):
+        assert torch.equal(getattr(opened, name), getattr(found, name))

@@ -600,7 +600,7 @@ def test_what_is_spoilt_there_starts_as_it_is(module, tree):
         assert end_of(module, line)[0] is None, options
 
 
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("pcl/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("img/*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("pcl/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("img/*.py")])
 
 
 def name_of(node):
@@ -625,7 +625,11 @@ def unsafe(text, file):
         for name in imported:
             runs = name.split(".")[0] in ("pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
             asks = name.startswith(("urllib.request", "http", "requests", "torch.hub", "ftplib"))
-            talks = name.split(".")[0] == "socket" and file not in ("distributed.py", "watch.py")  # the processes of a run
+            talks = name.split(".")[0] == "socket" and file not in (
+                "launch.py",
+                "rendezvous.py",
+                "watch.py",
+            )  # the processes of a run
             writes = (file, name) == ("export.py", "pickle.dump")
             if (runs and name not in PARALLEL and not writes) or (asks and file != "voc.py") or talks:
                 found.append(name)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
-import main_pcl
 from pcl import figures
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
+from pcl.run import report
 from pcl.run.monitor import save_e_step
 
 
@@ -72,6 +72,14 @@ def test_curves_are_those_of_the_log(six_classes, tmp_path):
     assert accuracy.get_xydata().tolist() == [[0, 50], [1, 50], [2, 50]]  # measured before the epoch
     assert rate.get_title() == "Learning rate"
     assert "K = 3" in [line.get_label() for line in agreement.lines]
+
+
+def test_an_e_step_that_was_kept_before_it_held_names_is_drawn(six_classes, tmp_path):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
+    last = figures.checkpoint.load(exp_dir / "e_step.pth.tar")
+    del last["files"]
+    torch.save(last, exp_dir / "e_step.pth.tar")
+    assert {"tsne.png", "concentration.png", "prototypes_3.png"} <= {path.name for path in figures.draw(exp_dir)}
 
 
 def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path, monkeypatch):
@@ -159,7 +167,7 @@ def test_no_setting_of_matplotlib_keeps_pictures_from_being_drawn(tmp_path, rc):
 
 def test_a_finished_run_stays_finished_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pcl.figures", None)
-    main_pcl.draw_pictures(tmp_path)
+    report.draw_pictures(tmp_path)
     assert "pictures could not be drawn" in capsys.readouterr().out
 
 

@@ -33,7 +33,7 @@ class Batches:
         for _ in range(2):
             views = [pinned(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)) for _ in range(2)]
             if self.args.augment_on == "device":
-                view = augment.RecipeView(32, self.args.aug_plus)
+                view = augment.DeferredView(32, self.args.aug_plus)
                 views = [(crops, torch.tensor([view.draw() for _ in crops])) for crops in views]
             self.witness.waits.clear()
             self.witness.operations = 0
@@ -147,6 +147,6 @@ def test_an_e_step_with_features_on_a_gpu(kmeans, image_folder, tmp_path):
         look = monitor.Monitor(images, loader.make_loader(val, range(len(val)), 4, 0), 1, record)
         center = loader.make_loader(images, range(len(images)), 10, 0)
         for epoch in (1, 2):  # the second compares with the first
-            found = main_pcl.e_step(model, center, epoch, args, record, look)
+            found = main_pcl.e_step(model, center, epoch, args, Plan(), record, look)
     assert {t.device for c in found for t in (c.im2cluster, c.prototypes, c.concentration)} == {GPU}
     augment.pixel_statistics.cache_clear()

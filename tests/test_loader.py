@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from pcl import loader
-from pcl.augment import GaussianBlur, RecipeView, TwoViews, center_view, crop_view, normalize, random_view
+from pcl.augment import DeferredView, GaussianBlur, TwoViews, center_view, crop_view, normalize, random_view
 from pcl.checkpoint import save
 from pcl.errors import RunError
 from pcl.images import UnreadableImageError
@@ -366,7 +366,7 @@ def test_views_of_a_thin_image_take_little_memory(shape):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     views = [center_view(224)(image), center_view(224, tensors=True)(pil_to_tensor(image))]
-    views += [random_view(224, True)(image), crop_view(224)(image), RecipeView(224, True)(pil_to_tensor(image))[0]]
+    views += [random_view(224, True)(image), crop_view(224)(image), DeferredView(224, True)(pil_to_tensor(image))[0]]
     assert {(view.shape, view.dtype) for view in views} == {((3, 224, 224), torch.uint8)}
     assert torch.equal(views[0], views[1])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB; on macOS bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcl.clustering import Clustering
+from pcl.clustering import Clustering, cluster
 from pcl.losses import instance_logits, prototype_logits, prototype_loss, sample_negatives
 
 
@@ -166,3 +166,16 @@ def test_the_losses_do_not_wait_for_the_gpu(k):
         (loss + prototype_loss(q, index, [clustering], r=64, mask_duplicates=True)[0]).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_clustering_will_do_and_queries_in_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(40, 8, generator=generator), dim=1)
+    found, index = cluster(rows, 5, temperature=0.2), torch.arange(6)
+    losses = []
+    for clusterings, q in ((found, rows[:6]), ([found], rows[:6]), (found, rows[:6].bfloat16())):
+        torch.manual_seed(0)
+        losses.append(prototype_loss(q, index, clusterings, r=2)[0])
+    assert torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[2], losses[0], rtol=0.05, atol=0)
+    assert losses[2].dtype == torch.float32

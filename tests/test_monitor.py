@@ -94,7 +94,7 @@ def test_it_is_due_in_warm_up_every_so_often(images, record, tmp_path):
     off = Monitor(images, None, 0, record)
     assert not any(off.is_due(epoch) for epoch in range(9))
     before = (tmp_path / "log.jsonl").read_text()
-    off.look(0, None, torch.randn(37, 4), range(37), [clustering_of([0] * 37, 1)])
+    off.measure(0, None, torch.randn(37, 4), range(37), [clustering_of([0] * 37, 1)])
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
@@ -104,6 +104,7 @@ def test_the_last_e_step_is_kept(images, tmp_path):
     save_e_step(tmp_path, 7, features, range(37), [clustering], images)
     state = load(tmp_path / LAST_E_STEP)
     assert (state["epoch"], state["classes"]) == (7, images.classes)
+    assert [str(images.root / name) for name in state["files"]] == [images.path(i) for i in range(37)]
     assert torch.equal(state["features"], features)
     (granularity,) = state["granularities"]
     slow = [float(f @ clustering.prototypes[c]) for f, c in zip(features, clustering.im2cluster, strict=True)]

@@ -13,7 +13,7 @@ from conftest import ROOT
 import eval_cls_imagenet
 import eval_svm_voc
 import main_pcl
-from pcl import export, figures, samples
+from pcl import export, features, figures, samples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
@@ -31,10 +31,11 @@ COMMANDS = {
     "-m pcl.checkpoint": export,
     "-m pcl.figures": figures,
     "-m pcl.samples": samples,
+    "-m pcl.features": features,
 }
 SCRIPTS = [name for name in COMMANDS if name.endswith(".py")]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-TEXTS = [*PAGES, *SCRIPTS, *(f"pcl/{name}.py" for name in ("checkpoint", "figures", "samples"))]
+TEXTS = [*PAGES, *SCRIPTS, *(f"pcl/{name}.py" for name in ("checkpoint", "features", "figures", "samples"))]
 PASS_ON = {"demo": demo, "replicate": replicate, "large": large}  # unknown options go to main_pcl.py
 NO_OPTIONS = ["benchmarks/sharded_memory.py", "img/PCL_framework.py"]
 
@@ -200,11 +201,18 @@ def test_the_readme_is_short():
     assert max(map(len, lines)) <= 160
 
 
-TWO_WINGS = (ROOT / "pcl" / "run").is_dir()
-
-
-@pytest.mark.xfail(not TWO_WINGS, reason="the table is that of the package with pcl/run/", strict=True)
 def test_the_readme_has_a_row_for_every_file():
-    rows = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    cells = re.findall(r"^\| ((?:`[\w/]+\.py`(?:, )?)+) \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"`([^`]+)`", " ".join(cells))
     files = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("pcl/**/*.py")]}
     assert sorted(rows) == sorted(file for file in files if not file.endswith("__init__.py"))
+
+
+@pytest.mark.parametrize("word", ["words", "edges"])
+def test_the_examples_of_other_data_run(word):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "questions.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if f"\n{word} = " in block)
+    names = {}
+    exec(compile(example, "docs/questions.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert 0 <= float(names["accuracy"]) <= 1

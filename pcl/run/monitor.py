@@ -139,6 +139,7 @@ def save_e_step(
         state = {
             "epoch": epoch,
             "classes": images.classes,
+            "files": images.names(),  # N, relative to the folder of training images
             "labels": torch.from_numpy(images.labels),  # (N,) int64
             "seen": ids,  # int64
             "sample": ids[chosen],  # sorted

@@ -15,6 +15,7 @@ import torch
 from pcl import checkpoint
 from pcl.builder import MoCo
 from pcl.errors import RunError
+from pcl.run import kept
 from pcl.run.logs import log
 from pcl.run.options import Parser
 from pcl.run.rendezvous import Place, place_of
@@ -176,7 +177,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
     if args.init and resume not in ("", "auto"):
         parser.error("--init begins a new run, --resume goes on with one; leave one out")
     if resume == "auto":
-        resume = str(checkpoint.newest(args.exp_dir, notes.append) or "")
+        resume = str(kept.newest(args.exp_dir, notes.append) or "")
         if notes and not resume:
             parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
     plan = replace(plan, resume=resume, epoch=args.start_epoch)
@@ -214,5 +215,5 @@ def check_other_run(args: Namespace, plan: Plan) -> None:
     if not plan.resume:
         if [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
             raise RunError(f"{folder} holds another run; name another folder, or give --resume to go on with it")
-    elif (newest := checkpoint.newest(args.exp_dir)) and newest.resolve() != Path(plan.resume).resolve():
+    elif (newest := kept.newest(args.exp_dir)) and newest.resolve() != Path(plan.resume).resolve():
         raise RunError(f"--resume: {folder} holds a newer checkpoint, {newest.name}; move it away, or name another folder")

@@ -12,6 +12,7 @@ from pcl import checkpoint
 from pcl.clustering import Clustering
 from pcl.distributed import equal_on_all_ranks
 from pcl.errors import RunError
+from pcl.run import kept
 from pcl.run.logs import Meters, log
 from pcl.run.options import Parser
 from pcl.run.preflight import Plan, note_changes
@@ -83,7 +84,7 @@ class Progress:
         """Load the checkpoint to go on from, if there is one, into model and optimizer."""
         progress = cls(plan.epoch)
         if args.resume == "auto":  # another run may have been about to end when the command line was checked
-            plan = replace(plan, resume=str(checkpoint.newest(args.exp_dir) or ""))
+            plan = replace(plan, resume=str(kept.newest(args.exp_dir) or ""))
         if plan.resume:
             state = checkpoint.load_for_resume(plan.resume, model.module, args.arch)
             checkpoint.load_optimizer(optimizer, state["optimizer"])

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcl import checkpoint
 from pcl.augment import center_view
 from pcl.clustering import faiss_lacks
 from pcl.distributed import available_cores, is_main, sum_over_ranks
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
+from pcl.run import kept
 from pcl.run.logs import Meters, RunLog, describe_machine, log, versions
 from pcl.run.options import FITTED, learning_rate
 from pcl.run.preflight import Plan
@@ -125,7 +125,7 @@ def remedy(args: Namespace, plan: Plan, epoch: int, step: int = 0) -> str:
         return f"before this run has changed a weight: look for the cause in {cause}"
     if look_alike(IndexedFolder(plan.images, center_view(args.image_size), skip=plan.unreadable)):
         return "since the images are all the same, which leaves BatchNorm nothing to divide by; give other images"
-    good = checkpoint.newest(args.exp_dir)
+    good = kept.newest(args.exp_dir)
     then = f"go on with --resume {good}" if good else "start again"
     return f"at learning rate {learning_rate(args, epoch):g}; lower --lr, and {then}"
 

@@ -1,0 +1,149 @@
+"""What features are worth: kNN, clusters, logistic regression, written into a folder (`python -m pcl.features`)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcl.checkpoint import write_whole
+from pcl.clustering import cluster_all
+from pcl.errors import RunError
+from pcl.loader import IndexedFolder
+from pcl.metrics import cluster_agreement, knn_accuracy, leave_one_out_accuracy
+from pcl.terminal import tell
+
+RESULTS = "results.json"
+MARK = '{\n  "command": "pcl.features"'  # how it begins
+WRITTEN = r"\.?((train|val)(\.npy|\.txt|_labels\.npy)|clusters_\d+\.csv|results\.json)(\.part)?"  # names in the folder
+KNN = {20: {"momentum": ", as in the paper"}, 200: {"backbone": ", as is usual"}}  # neighbours, and whose protocol it is
+TEMPERATURE = 0.1  # of the neighbours' weights
+STRENGTHS = [10.0**power for power in range(-5, 3)]  # of logistic regression, scikit-learn's C
+FOLDS = 5
+
+
+def check(splits: dict[str, IndexedFolder], num_clusters: Sequence[int], logistic: bool) -> None:
+    """Raise RunError if there are too few images or labels for what is asked."""
+    train, size = splits["train"], np.bincount(splits["train"].labels)
+    if max(num_clusters, default=0) > len(train):
+        raise RunError(f"--num-cluster {max(num_clusters)}: more clusters than the {len(train)} images; lower it")
+    if logistic and np.count_nonzero(size) < 2:
+        raise RunError(f"--logistic needs labels: put the images of {train.root} into two folders <class>/ or more")
+    if logistic and not ("val" in splits and splits["val"].classes):
+        raise RunError("--logistic needs images to be scored on: put some into DIR/val/<class>/")
+    if logistic and 1 in size:
+        lone = train.classes[size.tolist().index(1)]
+        raise RunError(f"--logistic: class {lone} has one training image, and cross-validation needs two; add one")
+
+
+def claim(folder: Path) -> None:
+    """Make the folder of the results; RunError if it cannot be written to, or holds files of another origin."""
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise RunError(f"--out {folder}: no folder, or not to be written to; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    names, earlier = sorted(os.listdir(folder)), ""
+    with suppress(OSError):
+        earlier = (folder / RESULTS).read_text(errors="replace")
+    if others := [name for name in names if not (earlier.startswith(MARK) and re.fullmatch(WRITTEN, name))]:
+        raise RunError(f"--out {folder} holds other files ({', '.join(others[:3])}); name another folder")
+    if names:
+        tell(f"note: the earlier results in {folder} will be replaced")
+
+
+def _write(path: Path, content: str | np.ndarray) -> None:
+    if isinstance(content, str):
+        write_whole(path, lambda file: file.write(os.fsencode(content)))
+    else:
+        write_whole(path, lambda file: np.save(file, content))
+
+
+def cluster_table(im2cluster: Tensor, images: IndexedFolder, data: Path) -> str:
+    """CSV of file, relative to `data`, cluster and, with classes, label."""
+    table = io.StringIO(newline="")
+    columns: dict[str, Iterable[Any]] = {"file": images.names(data), "cluster": im2cluster.tolist()}
+    columns |= {"label": [images.classes[label] for label in images.labels]} if images.classes else {}
+    csv.writer(table, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+    return table.getvalue()
+
+
+def logistic_regression(features: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
+    """Train on standardised features of train; cross-validation on them chooses the strength. Accuracy on val."""
+    from sklearn.exceptions import ConvergenceWarning  # slow to import
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    size = labels["train"].bincount()
+    folds = StratifiedKFold(min(FOLDS, int(size[size > 0].min())), shuffle=True, random_state=0)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=folds)
+    rows = {name: features[name].cpu().numpy() for name in ("train", "val")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # where hardly anything holds the weights back
+        search.fit(rows["train"], labels["train"].numpy())
+    chosen, accuracy = search.best_params_["logisticregression__C"], search.score(rows["val"], labels["val"].numpy())
+    return {"C": float(chosen), "cross_validation": float(search.best_score_), "accuracy": float(accuracy)}
+
+
+def evaluate(
+    out: Path, made: dict[str, str | int], features: dict[str, Tensor], splits: dict[str, IndexedFolder], data: Path,
+    num_clusters: Sequence[int] = (), logistic: bool = False,
+) -> None:  # fmt: skip
+    """Write what is asked of features into the folder, and tell the results.
+
+    Args:
+        out: the folder; earlier results in it are removed.
+        made: how the features were made; the results are added to it.
+        features: (N, C) of each of `splits`, as `open_splits` gives them.
+        data: DIR.
+        num_clusters, logistic: as `check` has seen them.
+    """
+    results: dict[str, Any] = {"command": "pcl.features", **made, "classes": splits["train"].classes}
+    for path in out.iterdir():
+        if re.fullmatch(WRITTEN, path.name):
+            path.unlink()
+    _write(out / RESULTS, json.dumps(results, indent=2))
+    for name, images in splits.items():
+        _write(out / f"{name}.npy", features[name].cpu().numpy())
+        _write(out / f"{name}.txt", "".join(f"{file}\n" for file in images.names(data)))
+        if images.classes:
+            _write(out / f"{name}_labels.npy", images.labels)
+    labels = {name: torch.from_numpy(images.labels) for name, images in splits.items() if images.classes}
+    train, kind = features["train"], made["features"]
+    labelled = "train" in labels and len(labels["train"].unique()) > 1
+    if not labelled:
+        tell("note: the training images have no labels, or all the same: no kNN, and no classes to compare clusters with")
+    how = "val against train" if "val" in labels else "each image left out in turn"
+    for k in KNN if labelled else ():
+        if "val" in labels:
+            accuracy = knn_accuracy(train, labels["train"], features["val"], labels["val"], k, TEMPERATURE)
+        else:
+            accuracy = leave_one_out_accuracy(train, labels["train"], k, TEMPERATURE)
+        tell(f"kNN, {k} neighbors: {100 * accuracy:.1f} %  ({kind} features, {how}{KNN[k].get(str(kind), '')})")
+        results.setdefault("knn", {})[k] = {"accuracy": accuracy, "temperature": TEMPERATURE, "how": how}
+    found = cluster_all(F.normalize(train, dim=1), num_clusters, TEMPERATURE) if num_clusters else []
+    for k, clustering in zip(num_clusters, found, strict=True):
+        _write(out / f"clusters_{k}.csv", cluster_table(clustering.im2cluster, splits["train"], data))
+        agreement = cluster_agreement(clustering.im2cluster.cpu(), labels["train"]) if labelled else {}
+        values = [f"{name.upper() if len(name) == 3 else name} {value:.3f}" for name, value in agreement.items()]
+        tell(f"{k} clusters: {'  '.join(values) or 'see the table'}")
+        results.setdefault("clusters", {})[k] = agreement
+    _write(out / RESULTS, json.dumps(results, indent=2))
+    if logistic:
+        results["logistic"] = fit = logistic_regression(features, labels)
+        tell(f"logistic regression: {100 * fit['accuracy']:.1f} % of val  (C = {fit['C']:g}, chosen on train)")
+        _write(out / RESULTS, json.dumps(results, indent=2))
+    tell(f"written to {out}")
