@@ -189,7 +189,8 @@ def meet(place: Place, seconds: float) -> tuple[dist.Store, str]:
             raise RunError(f"{where}: processes cannot meet there: {reason}") from None
         raise RunError(f"{where}: process 0 did not answer {within}: {reason}; is node 0 running, and is it there?") from None
     if verdict := words.get("verdict").decode():
-        time.sleep(1)  # the store may end with this process; the others are to hear of it
+        time.sleep(1)  # the others are to hear of it before the store is gone
+        del words, store
         raise RunError(f"{where}: {verdict}") if place.local_rank == 0 else SystemExit(1)  # one process of a node tells
     return words, prefix
 
