@@ -30,6 +30,8 @@ RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further rest
 CHUNK = 2**16  # rows that are held in double precision at once
 LARGEST = 1e15  # of a feature, so that its square is far within float32
 
+Array = Tensor | np.ndarray
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -52,9 +54,7 @@ class Clustering:
 torch.serialization.add_safe_globals([Clustering])  # torch.load(weights_only=True) opens one that torch.save wrote
 
 
-def concentration(
-    distance: Tensor | np.ndarray, im2cluster: Tensor | np.ndarray, num_cluster: int, temperature: float, alpha: float = 10
-) -> Tensor:
+def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperature: float, alpha: float = 10) -> Tensor:
     """Concentration phi of each cluster: small where the images lie close to their centroid (PCL, equation 12).
 
     Args:
@@ -145,9 +145,7 @@ def permutation(count: int, seed: int) -> np.ndarray:
     return order
 
 
-def assign_and_measure(
-    features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None
-) -> Clustering:
+def assign_and_measure(features: Array, centroids: Array, temperature: float, device: torch.device | None = None) -> Clustering:
     """Assign features (N, C) to their nearest raw centroid (K, C), both float32; the clustering, on the CPU."""
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
@@ -155,9 +153,7 @@ def assign_and_measure(
     return Clustering(im2cluster, F.normalize(torch.as_tensor(centroids, dtype=torch.float32), dim=1), phi)
 
 
-def nearest_centroids(
-    features: Tensor | np.ndarray, centroids: Tensor | np.ndarray, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest_centroids(features: Array, centroids: Array, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
     features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     index = _flat_index(features.shape[1], device)
@@ -166,9 +162,7 @@ def nearest_centroids(
     return torch.from_numpy(squared[:, 0]), torch.from_numpy(im2cluster[:, 0])
 
 
-def nearest_neighbours(
-    known: Tensor | np.ndarray, query: Tensor | np.ndarray, k: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(known: Array, query: Array, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Inner products (Q, k) float32, largest first, of queries (Q, C) with rows of `known` (N, C), and their numbers, int64."""
     known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
@@ -178,7 +172,7 @@ def nearest_neighbours(
 
 
 def cluster_all(
-    features: Tensor | np.ndarray,
+    features: Array,
     num_clusters: Sequence[int],
     temperature: float,
     seeds: Sequence[int] | None = None,
@@ -230,7 +224,7 @@ def cluster_all(
     return [Clustering(*found).to(device) for found in share(measure, jobs, cost) if len(found)]
 
 
-def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
+def cluster(features: Array, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
     """`cluster_all` for a single granularity."""
     return cluster_all(features, [num_cluster], temperature, [seed])[0]
 
@@ -248,7 +242,7 @@ def jobs_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images
 
 def held_by_float32(
     features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Callable[[Tensor | np.ndarray], Tensor]]:
+) -> tuple[Tensor, Callable[[Array], Tensor]]:
     """Shift and scale rows (N, C) if float32 would lose their distances; the rows, and what makes prototypes of centroids.
 
     The clusters do not depend on it, but faiss's distances are differences of squares: a common part far larger than the
