@@ -2,10 +2,10 @@
 
 By default the loader's workers make a random view. With `--augment-on device` they only decode, crop and flip, and draw the
 parameters of the rest from the same distributions; colors and blur follow on whole batches, on their device. The result is
-the same up to rounding and the blur (Pillow approximates a Gaussian by boxes).
+the same up to rounding and the blur (Pillow approximates a Gaussian by boxes). kornia's color jitter is not used: it has one
+order of the four changes for a whole batch, not one for each image.
 
-Letters: B batch, H and W sides of an image. kornia's color jitter has one order of the four changes for a whole batch, not
-one for each image, and is not used.
+Letters: B batch, H and W sides of an image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.transforms.v2.functional import resized_crop
 
 from pcl.distributed import on_device
 from pcl.images import read_image, read_tensor
@@ -34,17 +33,12 @@ TAPS = 6  # of the blur to each side: three standard deviations of the largest
 
 
 class Augmentation:
-    """The views of pre-training, in both modes: all on the loader's workers, or colors and blur later, on the device.
+    """The views of pre-training: `read` a path, make `two_views` of the image, or its `center`; `apply` to a batch of views.
 
     Args:
         size: side of a view, pixels.
         aug_plus: MoCo v2's augmentation instead of v1's.
-        on_device: only decode, crop and flip on the workers; `apply` does the rest on whole batches.
-
-    Attributes:
-        read: from a path to an image.
-        two_views: from that to the query's and the key's view, for `apply`.
-        center: from that to the E-step's center crop, (3, size, size) uint8.
+        on_device: the workers only decode, crop and flip; `apply` does the rest on whole batches.
     """
 
     def __init__(self, size: int, aug_plus: bool, on_device: bool) -> None:
@@ -64,13 +58,10 @@ class Augmentation:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(.., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
+    """(..., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
 
-    To the bit what torchvision's ToTensor and Normalize give; here on the batch's device, so that a quarter of the bytes
-    travel there and the loader's workers are spared the floating-point numbers.
-
-    Raises:
-        TypeError: images of another dtype, which may be normalized already.
+    The result is to the bit that of torchvision's ToTensor and Normalize. Called on the batch's device, a quarter of the bytes
+    travel there. TypeError: images of another dtype, which may be normalized already.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
@@ -97,15 +88,11 @@ class TwoViews:
 
 def random_view(size: int, aug_plus: bool) -> Callable[[Image.Image], Tensor]:
     """A random view, (3, size, size) uint8: MoCo v1's augmentation, or with `aug_plus` MoCo v2's."""
+    crop, grayscale = transforms.RandomResizedCrop(size, scale=CROP_SCALE), transforms.RandomGrayscale(p=0.2)
+    color = [grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     if aug_plus:
-        color = [
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([GaussianBlur()], p=0.5),
-        ]
-    else:
-        color = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    crop = transforms.RandomResizedCrop(size, scale=CROP_SCALE)
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        color = [jitter, grayscale, transforms.RandomApply([GaussianBlur()], p=0.5)]
     return transforms.Compose([crop, *color, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
@@ -124,19 +111,18 @@ class GaussianBlur:
 def center_view(size: int, tensors: bool = False) -> Callable[[Any], Tensor]:
     """The middle of an image whose shorter side is scaled to 8/7 of size (256 for 224): (3, size, size) uint8.
 
-    With `tensors`, of one that `read_tensor` has read: in less than half the time, and a level apart at most.
+    With `tensors`, the image is one from `read_tensor`; it takes less than half the time and differs by a level at most.
     """
     side = round(size * 8 / 7)
-    if tensors:
-        return v2.Compose([MiddleOfThin(side, size), v2.Resize(side), v2.CenterCrop(size)])
-    crop = [MiddleOfThin(side, size), transforms.Resize(side), transforms.CenterCrop(size)]
-    return transforms.Compose([*crop, transforms.PILToTensor()])
+    kind: Any = v2 if tensors else transforms
+    crop = [MiddleOfThin(side, size), kind.Resize(side), kind.CenterCrop(size)]
+    return kind.Compose(crop if tensors else [*crop, transforms.PILToTensor()])
 
 
 class MiddleOfThin:
-    """Of an image more than 16 times as long as wide: the middle of what torchvision's Resize(side) would make of it.
+    """Replace an image more than 16 times as long as wide by the middle of what torchvision's Resize(side) would make of it.
 
-    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same. Other images stay as they are.
+    The middle is as long as `side`, cut so that a CenterCrop(size) shows the same.
     """
 
     def __init__(self, side: int, size: int) -> None:
@@ -162,56 +148,40 @@ class MiddleOfThin:
 
 
 class DeferredView:
-    """On a worker: an image's random crop, flipped or not, and the parameters of the rest.
-
-    Args:
-        size: side of the view, pixels.
-        aug_plus: MoCo v2's augmentation instead of v1's.
-    """
+    """On a worker: an image's random crop, flipped or not, and the parameters of the rest. Arguments as for `random_view`."""
 
     def __init__(self, size: int, aug_plus: bool) -> None:
-        self.size, self.aug_plus = size, aug_plus
+        self.aug_plus = aug_plus
+        self.crop = v2.Compose([v2.RandomResizedCrop(size, CROP_SCALE), v2.RandomHorizontalFlip()])
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(3, H, W) uint8 -> (3, size, size) uint8 and (10,) float32, whose entries `PARAMETERS` names."""
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, CROP_SCALE, (3 / 4, 4 / 3))
-        crop = resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
-        if float(torch.rand(())) < 0.5:
-            crop = crop.flip(-1)
-        return crop, torch.tensor(self.draw(), dtype=torch.float32)
+        return self.crop(image), torch.tensor(self.draw(), dtype=torch.float32)
 
     def draw(self) -> list[float]:
         """Draw the parameters; factors of 1, a hue of 0 and a radius of 0 leave the image as it is."""
         hue = 0.1 if self.aug_plus else 0.4
         factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
         if not self.aug_plus or float(torch.rand(())) < 0.8:
-            chosen, *drawn = transforms.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-hue, hue))
-            factors, order = [float(factor) for factor in drawn], chosen.tolist()
+            chosen, *factors = transforms.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-hue, hue))
+            order = chosen.tolist()
         grayscale = float(torch.rand(()) < 0.2)
         radius = float(torch.empty(()).uniform_(0.1, 2.0)) if self.aug_plus and float(torch.rand(())) < 0.5 else 0.0
         return [*factors, *order, grayscale, radius]
 
 
 def apply_deferred(images: Tensor, parameters: Tensor, aug_plus: bool) -> Tensor:
-    """Change colors, blur and normalize.
+    """Change colors, blur and normalize: (B, 3, H, W) uint8 on any device, (B, 10) on the CPU -> (B, 3, H, W) float32.
 
-    Args:
-        images: (B, 3, H, W) uint8 on any device.
-        parameters: (B, 10) on the CPU.
-
-    Returns:
-        (B, 3, H, W) float32, normalized.
-
-    As published, v1 makes an image gray before its colors change, v2 (`aug_plus`) after it. The host never waits for a GPU,
-    since it knows the parameters.
+    The host never waits for a GPU, since it knows the parameters.
     """
     white, mean, std = pixel_statistics(images.device)
     x = images.float().div_(white)
     changes = ordered_changes(parameters, aug_plus)
-    rows, factors = torch.cat([rows for _, rows, _ in changes]), torch.cat([factor for *_, factor in changes])
-    rows, factors = (on_device(t, x.device) for t in (rows, factors))  # in one transfer each
     lengths = [len(rows) for _, rows, _ in changes]
-    for (change, *_), row, factor in zip(changes, rows.split(lengths), factors.split(lengths), strict=True):
+    rows = on_device(torch.cat([rows for _, rows, _ in changes]), x.device).split(lengths)  # all in one transfer
+    factors = on_device(torch.cat([factors for *_, factors in changes]), x.device).split(lengths)
+    for (change, *_), row, factor in zip(changes, rows, factors, strict=True):
         if len(row):
             x[row] = change(x[row], factor[:, None, None, None])
     return x.sub_(mean).div_(std)
@@ -219,16 +189,17 @@ def apply_deferred(images: Tensor, parameters: Tensor, aug_plus: bool) -> Tensor
 
 def ordered_changes(parameters: Tensor, aug_plus: bool) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
     """(B, 10) on the CPU -> one change after the other, with the images that it is for, int64, and the factor of each."""
-    changes = []
-    for position in range(4):
-        for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            neutral = float(change is not _hue)
-            chosen = (parameters[:, 4 + position] == number) & (parameters[:, number] != neutral)
-            changes.append((change, number, chosen))
-    grayscale = (_grayscale, PARAMETERS.index("grayscale"), parameters[:, PARAMETERS.index("grayscale")] > 0)
-    changes.insert(len(changes) if aug_plus else 0, grayscale)
-    changes.append((_blur, PARAMETERS.index("radius"), parameters[:, PARAMETERS.index("radius")] > 0))
-    return [(change, rows, parameters[rows, number]) for change, number, chosen in changes for rows in [chosen.nonzero()[:, 0]]]
+    brightness, contrast, saturation, hue, *order, grayscale, radius = parameters.T  # (B,) each
+    colors = [(_brightness, brightness, 1), (_contrast, contrast, 1), (_saturation, saturation, 1), (_hue, hue, 0)]
+    changes = [
+        (change, factor, (place == number) & (factor != neutral))
+        for place in order
+        for number, (change, factor, neutral) in enumerate(colors)
+    ]
+    # As published, v1 makes an image gray before its colors change, v2 after it.
+    changes.insert(len(changes) if aug_plus else 0, (_grayscale, grayscale, grayscale > 0))
+    changes.append((_blur, radius, radius > 0))
+    return [(change, chosen.nonzero()[:, 0], factor[chosen]) for change, factor, chosen in changes]
 
 
 def _grayscale(x: Tensor, _: Tensor | None = None) -> Tensor:
@@ -256,11 +227,8 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     safe = delta.clamp(min=1e-8)  # gray has no hue, and delta takes it out below
     sixths = torch.where(high == r, (g - b) / safe, torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
     sixths = sixths + 6 * turn[:, 0]
-    channels = []
-    for n in (5, 3, 1):  # red, green, blue
-        k = (n + sixths) % 6
-        channels.append(high - delta * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+    k = torch.stack([(n + sixths) % 6 for n in (5, 3, 1)], dim=1)  # red, green, blue
+    return high[:, None] - delta[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def _blur(x: Tensor, radius: Tensor) -> Tensor:

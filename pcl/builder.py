@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,14 +46,11 @@ class MoCo(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(self, im_q: Tensor, im_k: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """A training step's features, or the E-step's.
-
-        Args:
-            im_q, im_k: (B, 3, H, W) two views of the same images; B is the same on every rank.
+        """Encode two views (B, 3, H, W) of the same images for a training step, or one for the E-step.
 
         Returns:
             q (B, C), k (B, C) of unit length and queue (C, r) as it was before these keys entered; with `im_q` alone,
-            (B, C) unit-length features of the key encoder.
+            (B, C) unit-length features of the key encoder. In a training step B is the same on every rank.
         """
         if im_k is None:
             with torch.no_grad():
@@ -84,8 +80,8 @@ class MoCo(nn.Module):
     def _encode_keys(self, im_k: Tensor) -> Tensor:
         """(B, 3, H, W) -> (W * B, C): the keys of all ranks in the order of the ranks.
 
-        Shuffling BatchNorm (MoCo, section 3.3): each rank encodes a random share of the global batch, so that a key's
-        batch statistics do not give away which queries it belongs to.
+        Shuffling BatchNorm (MoCo, section 3.3): each rank encodes a random part of the global batch, so that a key's
+        batch statistics do not reveal the queries it belongs to.
         """
         order = broadcast(torch.randperm(get_world_size() * len(im_k), device=talking_device())).cpu()  # (W * B,)
         mine = exchange(im_k, order.view(get_world_size(), -1))  # (B, 3, H, W)
@@ -96,14 +92,14 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
-        """Write (W * B, C) keys over the oldest ones, around the end of the queue if they must; the host never waits."""
+        """Overwrite the oldest keys by (W * B, C) new ones, wrapping around the end; the host never waits."""
         place = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.r
         self.queue.index_copy_(1, place, keys.T)
         self.queue_ptr.add_(len(keys)).remainder_(self.r)
 
     @torch.no_grad()
     def backbone_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, features): what the query encoder's head is given; in eval mode the backbone to evaluate."""
+        """(B, 3, H, W) -> (B, features): the input of the query encoder's head."""
         head, self.encoder_q.fc = self.encoder_q.fc, nn.Identity()
         try:
             return self.encoder_q(images)
@@ -113,19 +109,14 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def broadcast_buffers(self) -> None:
         """Give every rank rank 0's buffers, so that all encode alike in the E-step, as published."""
-        if dist.is_initialized():
-            for buffer in self.buffers():
-                broadcast(buffer)
+        for buffer in self.buffers():
+            broadcast(buffer)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that takes its training statistics over each of several groups of the batch, as over that many GPUs.
+    """BatchNorm with training statistics of each of S = `splits` groups of B / S images in order, as if on S GPUs.
 
-    Args:
-        splits: S groups of B / S images in the order of the batch; S divides B.
-        num_features, eps, momentum: as for `nn.BatchNorm2d`.
-
-    Its running statistics move to the mean of where each group alone would take them. In eval mode it is the plain one.
+    The running statistics become the mean of those that each group alone would give. Eval mode is as for `nn.BatchNorm2d`.
     """
 
     running_mean: Tensor
@@ -153,7 +144,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(network: nn.Module, splits: int) -> None:
-    """Put a `SplitBatchNorm2d` in the place of each BatchNorm2d inside `network`; weights, statistics, names stay."""
+    """Replace each BatchNorm2d inside `network` by a `SplitBatchNorm2d`; weights, statistics and names stay."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:

@@ -1,14 +1,9 @@
-"""Arguments of the public functions: numbers of any type that can work, or an error that names the argument.
-
-Letters: N rows, C features.
-"""
+"""Check the arguments of public functions: values of any type that can work, or an error that names the argument."""
 
 from __future__ import annotations
 
 import math
 import operator
-import warnings
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -16,15 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 2**16  # rows that are held in double precision at once
-
 
 def integer(name: str, value: Any, least: float = 0, most: float = math.inf) -> int:
-    """An integer of any type, such as `labels.max() + 1`.
-
-    Raises:
-        TypeError, ValueError: no integer, or not in least..most.
-    """
+    """Take an integer of any type, such as `labels.max() + 1`. TypeError: no integer. ValueError: not in least..most."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -38,7 +27,7 @@ def integer(name: str, value: Any, least: float = 0, most: float = math.inf) -> 
 
 
 def above_zero(name: str, value: Any) -> float:
-    """A number above 0, as float; ValueError for others."""
+    """Take a finite number above 0. ValueError: anything else."""
     try:
         number = float(value)
     except (RuntimeError, TypeError, ValueError):
@@ -49,23 +38,21 @@ def above_zero(name: str, value: Any) -> float:
 
 
 def tensors(**arguments: tuple[Any, str]) -> list[Tensor]:
-    """Arrays of any kind as tensors of fitting shapes, all on the first one's device; no tensor that fits is copied.
+    """Take arrays of fitting shapes: `tensors(x=(x, "N C"), label=(label, "int N"))`. No tensor that fits is copied.
 
     Args:
-        arguments: the value and the shape of each by its name: `tensors(x=(x, "N C"), label=(label, "int N"))`. A letter
-            stands for the same size in all of them, a capital one for at least 1.
+        arguments: each value with its shape. A letter is the same size everywhere; a capital letter is at least 1.
 
     Returns:
-        with "int" int64, otherwise floating point, all of the widest dtype among them.
+        tensors on the first one's device: int64 where the shape begins with "int", else of the widest floating-point dtype.
 
     Raises:
-        TypeError, ValueError: no array of numbers, not integers, or another shape.
+        TypeError, ValueError: no array of real numbers, not integers, or another shape.
     """
     result: list[Tensor] = []
     sizes: dict[str, int] = {}
     for name, (value, form) in arguments.items():
-        tensor = _tensor(name, value)
-        letters = form.removeprefix("int ").split()
+        tensor, letters = _tensor(name, value), form.removeprefix("int ").split()
         fits = tensor.dim() == len(letters) and all(
             sizes.setdefault(letter, size) == size and (size or letter.islower())
             for letter, size in zip(letters, tensor.shape, strict=True)
@@ -73,12 +60,11 @@ def tensors(**arguments: tuple[Any, str]) -> list[Tensor]:
         if not fits:
             known = "".join(f", {letter} = {sizes[letter] or 'at least 1'}" for letter in letters if letter in sizes)
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; it must be ({' x '.join(letters)}){known}")
-        if form == " ".join(letters):
-            tensor = tensor if tensor.is_floating_point() else tensor.double()
-        elif tensor.is_floating_point():
+        integers = form.startswith("int ")
+        if integers and tensor.is_floating_point():
             raise TypeError(f"{name} must hold integers, not {tensor.dtype}")
-        else:
-            tensor = tensor.long()
+        if integers or not tensor.is_floating_point():
+            tensor = tensor.to(torch.int64 if integers else torch.float64)
         result.append(tensor.to(result[0].device) if result else tensor)
     floats = [tensor.dtype for tensor in result if tensor.is_floating_point()]
     return [tensor.to(reduce(torch.promote_types, floats)) if tensor.is_floating_point() else tensor for tensor in result]
@@ -95,46 +81,12 @@ def _tensor(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name} is no array: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, not {array.dtype}")
-    # torch takes neither negative strides nor bytes in another order nor more than 64 bits.
+    # torch takes no negative strides, no foreign byte order, no more than 64 bits, and warns of read-only arrays.
     dtype = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an array that is read-only: nothing here writes into it
-        return torch.from_numpy(np.require(array, dtype, "C"))
+    return torch.from_numpy(np.require(array, dtype, ["C", "W"]))
 
 
 def below(name: str, ids: Tensor, count: int) -> None:
-    """ValueError if not all ids are 0..count-1. A GPU is not waited for."""
+    """ValueError if not all ids are in 0..count-1. Ids on a GPU are not looked at: that would wait for it."""
     if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= count):
         raise ValueError(f"{name} must hold numbers from 0 to {count - 1}; it holds {int(ids.min())} to {int(ids.max())}")
-
-
-def held_by_float32(
-    features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Move and divide rows (N, C) if float32 would not hold their distances; returns them, the mean (C,) and the size.
-
-    The clusters depend on neither, but faiss's distances are differences of squares, of which a common part far larger than
-    the spread leaves nothing. Other rows, such as PCL's of unit length, stay as they are; then the mean is None.
-
-    Args:
-        features: all rows, or those of this rank.
-        add_up: sums float64 tensors over the ranks.
-    """
-    dim = features.shape[1]
-    sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
-    for rows in features.split(CHUNK):
-        rows = rows.double()
-        square = rows.square().sum(dim=1)
-        others = ((square - 1).abs() > 0.02).sum()
-        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
-    sums = add_up(sums)
-    if not sums.isfinite().all():
-        raise ValueError("features are not finite, or too large to be squared")
-    mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
-    square, one = square / count, torch.ones_like(count)
-    if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
-        return features, None, one
-    features = features.double() - mean
-    size = (add_up(features.square().sum()) / count).sqrt()
-    size = torch.where(size > 0, size, one)  # of identical rows
-    return (features / size).float(), mean, size

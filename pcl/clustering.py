@@ -3,13 +3,14 @@
     from pcl.clustering import cluster
     clustering = cluster(features, num_cluster=100, temperature=0.2)  # features (N, C) float32, of any origin
 
+An argument that cannot be right raises a TypeError or ValueError that names it.
 Letters: N images (or whatever the rows stand for), C features, K prototypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcl.checks import above_zero, below, held_by_float32, integer, tensors
+from pcl.checks import above_zero, below, integer, tensors
 from pcl.distributed import get_rank, get_world_size
 
 RESTARTS = 5  # published setting (faiss: nredo)
 ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
 RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
+CHUNK = 2**16  # rows that are held in double precision at once
 LARGEST = 1e15  # of a feature, so that its square is far within float32
+
+Array = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,18 @@ class Clustering:
 torch.serialization.add_safe_globals([Clustering])  # torch.load(weights_only=True) opens one that torch.save wrote
 
 
-def concentration(
-    distance: Tensor | np.ndarray, im2cluster: Tensor | np.ndarray, num_cluster: int, temperature: float, alpha: float = 10
-) -> Tensor:
+def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperature: float, alpha: float = 10) -> Tensor:
     """Concentration phi of each cluster: small where the images lie close to their centroid (PCL, equation 12).
 
     Args:
         distance: (N,) float, L2 (not squared) distance of each image to the centroid of its cluster.
         im2cluster: (N,) integer, the cluster of each image, 0..K-1.
         temperature: the mean of the result.
-        alpha: smoothing, so that small clusters do not get a large phi.
+        alpha: larger values keep the phi of small clusters small.
 
     Returns:
         (K,), of `distance`'s dtype: positive and finite. Clusters of at most one image take the largest phi; then all are
         clipped to their 10th and 90th percentile.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right, as in all functions here.
     """
     distance, im2cluster = tensors(distance=(distance, "n"), im2cluster=(im2cluster, "int n"))
     num_cluster, temperature = integer("num_cluster", num_cluster, least=1), above_zero("temperature", temperature)
@@ -87,7 +86,7 @@ def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alph
     # The published order: percentiles first, then the mean of the clipped values.
     low, high = np.percentile(phi.cpu().numpy(), [10, 90])
     phi = phi.clamp(low, high)
-    # More than a tenth of the clusters made of identical images: phi would be 0 and the loss not a number.
+    # If more than a tenth of the clusters hold identical images, phi would be 0 and the loss not a number.
     positive = phi[phi > 0]
     phi = phi.clamp(min=float(positive.min())) if len(positive) else torch.ones_like(phi)
     return temperature * phi / phi.mean()
@@ -124,12 +123,12 @@ def kmeans(
     index = _flat_index(dim, device)  # also sets the number of threads
     if algorithm == "super":
         run = faiss.SuperKMeans(dim, num_cluster, settings)
-        run.train(np.ascontiguousarray(features))
+        run.train(features)
     else:
         run = faiss.Clustering(dim, num_cluster, settings)
-        run.train(np.ascontiguousarray(features), index)
-    steps = run.iteration_stats.size()
-    objective = run.iteration_stats.at(steps - 1).obj if steps else 0.0  # no iteration where K = N
+        run.train(features, index)
+    stats = run.iteration_stats
+    objective = stats.at(stats.size() - 1).obj if stats.size() else 0.0  # no iteration where K = N
     return objective, faiss.vector_to_array(run.centroids).reshape(num_cluster, dim)
 
 
@@ -141,26 +140,20 @@ def seeds_of(seed: int, restart: int) -> tuple[int, int]:
 
 def permutation(count: int, seed: int) -> np.ndarray:
     """faiss's random order of 0..count-1, (count,) int32."""
-    count = integer("count", count, 0, 2**31 - 1)
-    order = np.empty(count, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(order), count, integer("seed", seed, -(2**63), 2**63 - 1))
+    order = np.empty(integer("count", count, 0, 2**31 - 1), np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), len(order), integer("seed", seed, -(2**63), 2**63 - 1))
     return order
 
 
-def assign_and_measure(
-    features: np.ndarray, centroids: np.ndarray, temperature: float, device: torch.device | None = None
-) -> Clustering:
+def assign_and_measure(features: Array, centroids: Array, temperature: float, device: torch.device | None = None) -> Clustering:
     """Assign features (N, C) to their nearest raw centroid (K, C), both float32; the clustering, on the CPU."""
-    features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
     phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
-    return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
+    return Clustering(im2cluster, F.normalize(torch.as_tensor(centroids, dtype=torch.float32), dim=1), phi)
 
 
-def nearest_centroids(
-    features: Tensor | np.ndarray, centroids: Tensor | np.ndarray, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest_centroids(features: Array, centroids: Array, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
     features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     index = _flat_index(features.shape[1], device)
@@ -169,14 +162,8 @@ def nearest_centroids(
     return torch.from_numpy(squared[:, 0]), torch.from_numpy(im2cluster[:, 0])
 
 
-def nearest_neighbours(
-    known: Tensor | np.ndarray, query: Tensor | np.ndarray, k: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k rows of `known` (N, C) with the largest inner product with each query (Q, C), by exact search.
-
-    Returns:
-        inner products (Q, k) float32, largest first, and row numbers (Q, k) int64, on the CPU.
-    """
+def nearest_neighbours(known: Array, query: Array, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Inner products (Q, k) float32, largest first, of queries (Q, C) with rows of `known` (N, C), and their numbers, int64."""
     known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
     index.add(known)
@@ -184,19 +171,12 @@ def nearest_neighbours(
     return torch.from_numpy(product), torch.from_numpy(row)
 
 
-def one_by_one(
-    function: Callable[[Any], Sequence[Tensor]], jobs: Sequence[Any], cost: Sequence[float]
-) -> list[Sequence[Tensor]]:
-    """Do every job in this process; `pcl.distributed.shared_map` shares them."""
-    return [function(job) for job in jobs]
-
-
 def cluster_all(
-    features: Tensor | np.ndarray,
+    features: Array,
     num_clusters: Sequence[int],
     temperature: float,
     seeds: Sequence[int] | None = None,
-    share: Callable[[Callable, Sequence, Sequence[float]], list] = one_by_one,
+    share: Callable[..., list] = lambda function, jobs, cost: list(map(function, jobs)),
     algorithm: str = "faiss",
 ) -> list[Clustering]:
     """Cluster the same features at several granularities, each by the best of RESTARTS restarts.
@@ -207,8 +187,8 @@ def cluster_all(
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
-        share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job;
-            `pcl.distributed.shared_map` spreads the jobs over the ranks of a group, with the same result.
+        share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job. By default this
+            process does all; `pcl.distributed.shared_map` spreads the jobs over the ranks of a group, with the same result.
         algorithm: as for `kmeans`.
 
     Returns:
@@ -216,17 +196,14 @@ def cluster_all(
     """
     (features,) = tensors(features=(features, "N C"))
     device, temperature = features.device, above_zero("temperature", temperature)
-    granularities = granularities_of(num_clusters, seeds, len(features))
-    num_clusters, seeds = zip(*granularities, strict=True)
+    jobs = jobs_of(num_clusters, seeds, len(features))
     if algorithm == "faiss" and faiss_lacks(device):
         from pcl.sharded import cluster_all_sharded  # imports this module
 
         rows = features.detach().float()[get_rank() :: get_world_size()]
         return cluster_all_sharded(rows, len(features), num_clusters, temperature, seeds)
-    rows, mean, size = held_by_float32(features.detach().cpu())
+    rows, prototypes_of = held_by_float32(features.detach().cpu())
     (points,) = _points(features=(rows, "N C"))
-
-    jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]
     cost = [k for k, _, _ in jobs]
     centroids: dict[tuple[int, int, int], np.ndarray] = {}  # of the jobs that this process has done
 
@@ -234,43 +211,62 @@ def cluster_all(
         objective, centroids[job] = kmeans(points, *job, device, algorithm)
         return (torch.tensor(objective, dtype=torch.float64),)
 
-    objectives = torch.stack([objective for (objective,) in share(run, jobs, cost)]).view(-1, RESTARTS)
-    best = [jobs[g * RESTARTS + restart] for g, restart in enumerate(objectives.argmin(1).tolist())]  # the first, as in faiss
+    objectives = np.reshape([float(objective) for (objective,) in share(run, jobs, cost)], (-1, RESTARTS))
+    best = [jobs[g * RESTARTS + restart] for g, restart in enumerate(objectives.argmin(1))]  # the first, as in faiss
 
     def measure(job: tuple[int, int, int]) -> tuple[Tensor, ...]:
         if job not in best:
             return ()
-        (found,) = moved_back([assign_and_measure(points, centroids[job], temperature, device)], [centroids[job]], mean, size)
-        return found.im2cluster, found.prototypes, found.concentration
+        found = assign_and_measure(points, centroids[job], temperature, device)
+        return found.im2cluster, prototypes_of(centroids[job]), found.concentration
 
     # Jobs of the same cost are done where they were before: the centroids need not travel.
     return [Clustering(*found).to(device) for found in share(measure, jobs, cost) if len(found)]
 
 
-def cluster(features: Tensor | np.ndarray, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
+def cluster(features: Array, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
     """`cluster_all` for a single granularity."""
     return cluster_all(features, [num_cluster], temperature, [seed])[0]
 
 
-def granularities_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images: int) -> list[tuple[int, int]]:
-    """K and seed of each, checked."""
+def jobs_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images: int) -> list[tuple[int, int, int]]:
+    """K, seed and restart of every run of k-means, RESTARTS in a row for each granularity."""
     num_clusters = [integer("num_clusters", k, least=1) for k in np.ravel(np.asarray(num_clusters, dtype=object))]
     if max(num_clusters, default=0) > num_images:
         raise ValueError(f"num_clusters: {max(num_clusters)} clusters of {num_images} images; ask for at most as many")
-    seeds = range(len(num_clusters)) if seeds is None else seeds
+    seeds = range(len(num_clusters)) if seeds is None else seeds  # as published
     if len(seeds) != len(num_clusters):
         raise ValueError(f"seeds: {len(seeds)} of them for {len(num_clusters)} granularities")
-    return list(zip(num_clusters, seeds, strict=True))
+    return [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
 
 
-def moved_back(
-    clusterings: list[Clustering], centroids: Sequence[Tensor | np.ndarray], mean: Tensor | None, size: Tensor
-) -> list[Clustering]:
-    """Give clusterings of the rows from `held_by_float32` the prototypes of the rows that went in."""
-    if mean is None:
-        return clusterings
-    rows = [F.normalize(mean + size * torch.as_tensor(c), dim=1, eps=1e-300).float() for c in centroids]  # float64 until here
-    return [replace(clustering, prototypes=p) for clustering, p in zip(clusterings, rows, strict=True)]
+def held_by_float32(
+    features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Callable[[Array], Tensor]]:
+    """Shift and scale rows (N, C) if float32 would lose their distances; the rows, and what makes prototypes of centroids.
+
+    The clusters do not depend on it, but faiss's distances are differences of squares: a common part far larger than the
+    spread leaves nothing of them. Other rows, such as PCL's of unit length, stay as they are. `add_up` sums over the ranks.
+    """
+    dim = features.shape[1]
+    sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
+    for rows in features.split(CHUNK):
+        rows = rows.double()
+        square = rows.square().sum(dim=1)
+        others = ((square - 1).abs() > 0.02).sum()
+        sums += torch.cat([rows.sum(dim=0), torch.stack([square.sum(), others, others.new_tensor(len(rows))])])
+    sums = add_up(sums)
+    if not sums.isfinite().all():
+        raise ValueError("features are not finite, or too large to be squared")
+    mean, (square, others, count) = sums[:dim] / sums[-1], sums[dim:]
+    square = square / count
+    if not others or (mean.square().sum() < 0.99 * square and 1e-20 < square < 1e20):
+        return features, lambda centroids: F.normalize(torch.as_tensor(centroids), dim=1)
+    features = features.double() - mean
+    size = (add_up(features.square().sum()) / count).sqrt()
+    size = torch.where(size > 0, size, 1)  # of identical rows
+    # The prototypes are those of the rows as they were.
+    return (features / size).float(), lambda c: F.normalize(mean + size * torch.as_tensor(c), dim=1, eps=1e-300).float()
 
 
 def _points(**rows: tuple[Any, str]) -> list[np.ndarray]:

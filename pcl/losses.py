@@ -1,5 +1,6 @@
 """InfoNCE and the prototype term of ProtoNCE (PCL, equations 2 and 11) as pure functions of tensors.
 
+An argument that cannot be right raises a TypeError or ValueError that names it.
 Letters: B batch, C features, K prototypes, r negatives.
 """
 
@@ -19,19 +20,15 @@ if TYPE_CHECKING:
 
 
 def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Each query against its own key (column 0) and the keys in the queue.
+    """Compare each query with its own key (column 0) and with the keys in the queue.
 
     Args:
-        q: (B, C) unit-length queries.
-        k: (B, C) unit-length keys of the same images.
+        q, k: (B, C) unit-length queries and the keys of the same images.
         queue: (C, r) earlier keys.
-        temperature: tau.
+        temperature: tau, above 0 (not checked if it is a tensor).
 
     Returns:
         logits (B, 1 + r) and target (B,), all zero.
-
-    Raises:
-        TypeError, ValueError: shapes that do not fit, or a temperature that is not above 0 (of a tensor it is not asked).
     """
     q, k, queue = tensors(q=(q, "B C"), k=(k, "B C"), queue=(queue, "C r"))
     if not isinstance(temperature, Tensor):
@@ -42,21 +39,11 @@ def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> 
 
 
 def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
-    """Draw r of the prototypes 0..num_prototypes-1 that are no image's own, without replacement.
-
-    Args:
-        positive: (B,) int64, the prototype of each image in the batch.
-        num_prototypes: how many there are to choose from.
-        r: how many to draw.
+    """Draw r of the prototypes 0..num_prototypes-1 without replacement, none of them in `positive` (B,) int64.
 
     Returns:
-        (r,) int64 distinct ids on `positive`'s device; all the others where there are fewer than r.
-
-    A GPU is waited for only where fewer than r + B prototypes exist, since the length then depends on the batch;
-    `prototype_loss` never waits.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right.
+        (r,) int64 distinct ids on `positive`'s device, or all the others if there are fewer than r. The host waits for a GPU
+        only if there are fewer than r + B prototypes, since the length then depends on the batch.
     """
     (positive,) = tensors(positive=(positive, "int B"))
     num_prototypes, r = integer("num_prototypes", num_prototypes, least=1), integer("r", r)
@@ -66,7 +53,7 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
 
 
 def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor | None]:
-    """Up to r distinct ids and which of them are nobody's own (None: all), of lengths that the host knows."""
+    """Up to r distinct ids and a mask of those that are not in `positive` (None: all); shapes do not depend on the batch."""
     score = torch.rand(num_prototypes, device=positive.device)
     score.index_fill_(0, positive, -1)
     best = score.topk(min(r, num_prototypes), sorted=False)  # a third of the time; nobody asks for their order
@@ -77,21 +64,17 @@ def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor
 def prototype_logits(
     q: Tensor, positive: Tensor, negative: Tensor, clustering: Clustering, mask_duplicates: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Each query against the prototypes of the whole batch, then the negatives, each at its own temperature.
+    """Compare each query with the prototypes of the whole batch and with the negatives, each at its own temperature.
 
     Args:
         q: (B, C) unit-length queries.
         positive: (B,) int64, the prototype of each query.
         negative: (r,) int64, from `sample_negatives`.
-        clustering: the granularity.
-        mask_duplicates: an image's own prototype is no negative of it (its logit is -inf) where it is another image's too.
+        mask_duplicates: set the logit of an image's own prototype to -inf where it stands there as another image's.
 
     Returns:
         logits (B, B + r) and target (B,), the diagonal: as published, the prototypes of the other images in the batch
         are negatives too, even where two images share one.
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right.
     """
     q, positive, negative, prototypes, phi = tensors(
         q=(q, "B C"), positive=(positive, "int B"), negative=(negative, "int r"),
@@ -99,8 +82,7 @@ def prototype_logits(
     )  # fmt: skip
     chosen = torch.cat([positive, negative])  # (B + r,)
     # On a CPU index_select takes a sixth of the time of an index in brackets.
-    logits = q @ prototypes.index_select(0, chosen).T  # (B, B + r)
-    logits = logits / phi.index_select(0, chosen)
+    logits = q @ prototypes.index_select(0, chosen).T / phi.index_select(0, chosen)  # (B, B + r)
     if mask_duplicates:
         same = (positive[:, None] == positive).fill_diagonal_(False)  # (B, B)
         logits = logits.masked_fill(F.pad(same, (0, len(negative))), -torch.inf)
@@ -114,21 +96,17 @@ def prototype_loss(
 
     Args:
         q: (B, C) unit-length queries.
-        index: (B,) int64, where in the data set each image stands.
+        index: (B,) int64, the place of each image in the data set.
         clusterings: one granularity of the E-step, or several.
         r: negatives to draw in each.
         mask_duplicates: as for `prototype_logits`.
 
     Returns:
-        the loss and the share of queries nearest to their own prototype (both scalars, the second without gradient).
-
-    Raises:
-        TypeError, ValueError: an argument that cannot be right.
+        the loss and the fraction of queries nearest to their own prototype, both scalars, the second without gradient.
     """
     q, index = tensors(q=(q, "B C"), index=(index, "int B"))
     r = integer("r", r)
-    if not isinstance(clusterings, Sequence):
-        clusterings = [clusterings]
+    clusterings = clusterings if isinstance(clusterings, Sequence) else [clusterings]
     if not clusterings:
         raise ValueError("clusterings is empty")
     losses, hits = [], []

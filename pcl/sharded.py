@@ -1,7 +1,7 @@
 """k-means of features that stay on the rank that computed them (`--kmeans sharded`), where one device cannot hold them all.
 
-The loop is faiss's `contrib.clustering.kmeans`. Each rank searches the nearest centroids of its own share; sums and counts are
-added up over the ranks. A rank needs memory for its N/W features, the centroids, and 8 bytes for each of the N images (the
+The loop is faiss's `contrib.clustering.kmeans`. Each rank finds the nearest centroids of its own images; sums and counts are
+added over the ranks. A rank needs memory for its N/W features, the centroids, and 8 bytes for each of the N images (the
 cluster that training looks up).
 
 Letters: N images, n of them on this rank, W ranks, C features, K prototypes.
@@ -12,23 +12,24 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from faiss.contrib.clustering import kmeans
 from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
-from pcl.checks import CHUNK, above_zero, held_by_float32, integer, tensors
+from pcl.checks import above_zero, integer, tensors
 from pcl.clustering import (
+    CHUNK,
     ITERATIONS,
     MAX_POINTS,
     RESTARTS,
     Clustering,
     concentration_of_sums,
-    granularities_of,
-    moved_back,
+    held_by_float32,
+    jobs_of,
     nearest_centroids,
     permutation,
     seeds_of,
@@ -50,58 +51,52 @@ def cluster_all_sharded(
     """`pcl.clustering.cluster_all` of features spread over the ranks. Every rank must call it.
 
     Args:
-        features: (n, C) float32 of images rank, rank + W, ..; on a GPU it is searched by matrix products in tiles.
+        features: (n, C) float32 of images rank, rank + W, ...; on a GPU it is searched by matrix products in tiles.
         num_images: N.
-        num_clusters: K of each granularity, each at most N.
-        temperature: mean concentration of each granularity.
-        seeds: of each granularity; by default its position in the list.
+        num_clusters, temperature, seeds: as for `cluster_all`.
         tf32: a GPU may round the factors of those products to 10 bits; the sums keep their precision.
-        track: is given the restarts and gives them back one by one, to show how far it is.
+        track: is given the restarts and gives them back one by one, to show progress.
 
     Returns:
-        a clustering for each granularity, of all N images and the same on every rank. On a GPU, two runs agree up to
-        rounding.
+        a clustering for each granularity, of all N images, the same on every rank. Two runs on a GPU agree up to rounding.
 
     Raises:
-        TypeError, ValueError: more clusters than images, features that are not finite, an argument that cannot be right.
+        TypeError, ValueError: an argument that cannot be right.
     """
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
-    granularities = granularities_of(num_clusters, seeds, num_images)
+    jobs = jobs_of(num_clusters, seeds, num_images)
     rows = int(sum_over_ranks(torch.tensor(len(features), device=features.device)))
     if rows != num_images:
         raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
-    features, mean, size = held_by_float32(features, sum_over_ranks)
+    features, prototypes_of = held_by_float32(features, sum_over_ranks)
     features = features.float().contiguous()
-    jobs = [(k, seed, restart) for k, seed in granularities for restart in range(RESTARTS)]
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
-    best = []
-    for _ in granularities:
-        restarts = (next(runs) for _ in range(RESTARTS))
-        best.append(min(restarts, key=lambda run: run[0])[1])  # of equal ones the first, as in faiss
-    clusterings = [describe_sharded(features, num_images, centroids, temperature, tf32) for centroids in best]
-    return moved_back(clusterings, best, mean, size)
+    found = []
+    for _ in range(0, len(jobs), RESTARTS):
+        _, centroids = min(islice(runs, RESTARTS), key=lambda run: run[0])  # of equal ones the first, as in faiss
+        squared, nearest = assign(features, centroids, tf32)
+        sums = features.new_zeros(2, len(centroids), dtype=torch.float64)
+        sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))
+        sums[1].index_add_(0, nearest, squared.clamp(min=0).sqrt().double())
+        size, spread = sum_over_ranks(sums)
+        phi = concentration_of_sums(size, spread, temperature).float()
+        found.append(Clustering(gather_interleaved(nearest, num_images), prototypes_of(centroids), phi))
+    return found
 
 
 def kmeans_sharded(
     features: Tensor, num_images: int, num_cluster: int, seed: int, restart: int = 0, tf32: bool = False
 ) -> tuple[float, Tensor]:
-    """One restart, with the published settings: 20 iterations, at most 1000 images for each centroid.
-
-    Args:
-        features, num_images, tf32: as for `cluster_all_sharded`.
-        num_cluster: K.
-        seed: seed of all restarts.
-        restart: 0..RESTARTS-1.
+    """`pcl.clustering.kmeans` of features spread over the ranks, as for `cluster_all_sharded`; the same up to rounding.
 
     Returns:
         the objective (sum of squared distances) and the raw centroids (K, C), on the device of `features`.
     """
-    # faiss's own choice of images to learn from and to start from: its restarts are repeated up to rounding, until a cluster
-    # runs empty and is filled by other random numbers.
     features = tensors(features=(features, "n C"))[0].detach()
     num_images = integer("num_images", num_images, 1)
     num_cluster = integer("num_cluster", num_cluster, 1, num_images)
+    # faiss's own choice of images to learn from and to start from. A cluster that runs empty is filled by other random numbers.
     seen, (seed, start_seed) = None, seeds_of(seed, restart)
     if num_images > MAX_POINTS * num_cluster:
         seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]
@@ -110,28 +105,21 @@ def kmeans_sharded(
     if seen is not None:
         world = get_world_size()
         features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
-    # faiss prints a word, whatever it is told.
     options = {"niter": ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
-    with contextlib.redirect_stdout(io.StringIO()):
-        centroids, steps = kmeans(num_cluster, Share(features, start, tf32), **options)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints even if it is not verbose
+        centroids, steps = kmeans(num_cluster, RankAssign(features, start, tf32), **options)
     return steps[-1]["obj"], centroids.float()
 
 
-class Share(DatasetAssign):
-    """This rank's part of the images, as `faiss.contrib.clustering.kmeans` asks for it; sums and counts are those of all.
-
-    Args:
-        features: (n, C) float32.
-        start: (K, C) float32, the centroids to begin with.
-        tf32: as for `cluster_all_sharded`.
-    """
+class RankAssign(DatasetAssign):
+    """This rank's images (n, C) for `faiss.contrib.clustering.kmeans`, which begins with `start` (K, C); sums are of all."""
 
     def __init__(self, features: Tensor, start: Tensor, tf32: bool) -> None:
         super().__init__(features)
         self.start, self.tf32 = start, tf32
 
     def count(self) -> int:
-        """Of what kmeans chooses its K starting points from: they are chosen already."""
+        """How many images kmeans chooses its K starting points from: they are chosen already."""
         return len(self.start)
 
     def get_subset(self, _: np.ndarray) -> Tensor:
@@ -139,12 +127,7 @@ class Share(DatasetAssign):
         return self.start
 
     def assign_to(self, centroids: Tensor, weights: None = None) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Search this rank's images.
-
-        Returns:
-            an array that holds each cluster's number as often as it has images, of which kmeans takes the counts;
-            the sum of squared distances; and each cluster's sum of features (K, C), float64.
-        """
+        """Each cluster's number once per image (kmeans counts them), the sum of squared distances, sums of features (K, C)."""
         squared, nearest = assign(self.x, centroids.float(), self.tf32)  # (n,), (n,)
         # In double precision, so that the order in which ranks add does not show.
         total = self.x.new_zeros(centroids.shape, dtype=torch.float64)
@@ -152,19 +135,6 @@ class Share(DatasetAssign):
             total.index_add_(0, place, rows.double())
         count = sum_over_ranks(torch.bincount(nearest, minlength=len(centroids))).cpu().numpy()
         return np.repeat(np.arange(len(count)), count), sum_over_ranks(squared.double().sum()), sum_over_ranks(total)
-
-
-def describe_sharded(
-    features: Tensor, num_images: int, centroids: Tensor, temperature: float, tf32: bool = False
-) -> Clustering:
-    """Assign every image to its nearest raw centroid and measure the clusters, as `pcl.clustering.assign_and_measure`."""
-    squared, nearest = assign(features, centroids, tf32)
-    sums = features.new_zeros(2, len(centroids), dtype=torch.float64)  # size, sum of distances
-    sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))
-    sums[1].index_add_(0, nearest, squared.clamp(min=0).sqrt().double())
-    size, spread = sum_over_ranks(sums)
-    phi = concentration_of_sums(size, spread, temperature).float()
-    return Clustering(gather_interleaved(nearest, num_images), F.normalize(centroids, dim=1), phi)
 
 
 def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
