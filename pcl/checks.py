@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from functools import reduce
 from typing import Any
 
@@ -81,9 +82,11 @@ def _tensor(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name} is no array: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, not {array.dtype}")
-    # torch takes no negative strides, no foreign byte order, no more than 64 bits, and warns of read-only arrays.
+    # torch takes no negative strides, no foreign byte order and no more than 64 bits.
     dtype = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.require(array, dtype, ["C", "W"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of read-only arrays, such as a file in memory: nothing here writes into them
+        return torch.from_numpy(np.require(array, dtype, "C"))
 
 
 def below(name: str, ids: Tensor, count: int) -> None:
