@@ -234,6 +234,9 @@ class _Loader(DataLoader):
             codes = [worker.exitcode for worker in self.workers]
             for worker in self.workers:
                 worker.kill()  # torch would wait for it to finish its work, such as an SVM
+            if self._iterator is not None:  # left to the garbage collector, its queues may be closed while they are used
+                self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+                self._iterator = None
             # The exit code of a worker that could not send a batch says why.
             told = f"{type(error).__name__}: {error} {[os.strerror(code) for code in codes if code and code > 0]}"
             remedy = next((text for words, text in REMEDIES.items() if re.search(words, told)), "")
@@ -243,16 +246,12 @@ class _Loader(DataLoader):
 
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
-        reports = Queue.__dict__["_on_queue_feeder_error"]
-        # An index for a worker that is gone is not worth a traceback: the next batch raises an error.
-        Queue._on_queue_feeder_error = staticmethod(lambda *_: None)  # type: ignore[attr-defined]
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
         util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
         try:
             with shielded():
                 return super().__iter__()
         finally:
-            Queue._on_queue_feeder_error = reports  # type: ignore[attr-defined]
             self.workers += tuple(set(active_children()) - set(earlier))
             # torch's handler raises an error anywhere, even inside a save. The next batch raises it too.
             if signal.getsignal(signal.SIGCHLD) != handler:
