@@ -33,12 +33,12 @@ from pcl.samples import write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (
-    "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 30 "
+    "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 10 "
 )
 SETTINGS += (
     "--mlp --aug-plus --cos --lr 0.003 --moco-m 0.9 -j 2 --seed 1 --nproc 2 --save-steps 1 --monitor-freq 0 --resume auto"
 )
-LAST_EPOCH = "checkpoint_0029.pth.tar"
+LAST_EPOCH = "checkpoint_0009.pth.tar"
 VICTIMS = ("all", "launcher", "rank 0", "rank 1", "worker")
 
 
