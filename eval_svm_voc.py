@@ -104,10 +104,7 @@ def open_splits(parser: options.Parser, args: argparse.Namespace) -> list[Any]:
     """Training and test images; VOC2007 is fetched first if it is not there and --download is given."""
     view = center_view(args.image_size)
     if args.folder:
-        folders = [inputs.open_folder(parser, args.data, split).with_transform(view) for split in ("train", "val")]
-        if folders[0].classes != folders[1].classes:
-            parser.error(f"DIR {args.data}: train/ and val/ must hold the same class folders")
-        return folders
+        return [images.with_transform(view) for images in inputs.open_labelled(parser, args.data)]
     try:
         return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
     except voc.VOCError:

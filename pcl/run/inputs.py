@@ -56,6 +56,15 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
     return images
 
 
+def open_labelled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFolder]:
+    """The images of data/train/<class>/ and data/val/<class>/, without a transform; stops unless the classes are the same."""
+    train, val = (open_folder(parser, data, split) for split in ("train", "val"))
+    if train.classes != val.classes:
+        name = min(set(train.classes) ^ set(val.classes))
+        parser.error(f"DIR {data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
+    return train, val
+
+
 def _remedy_for(data: Path, split: str, labelled: bool) -> str:
     """What to do about a folder without data/split; empty if its own folders will do as classes."""
     folders, _, others = list_folder(data)

@@ -75,9 +75,8 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
         nn.init.zeros_(layer.bias)
     loaded = {path: _load(path, args, classes) for path in paths if path}
     for i, (path, (network, _, state)) in enumerate(loaded.items()):
-        if state.get("finetune"):
-            backbone, source = network, state["source"]
-        elif (i or args.pretrained) and (changed := first_difference(network, backbone.state_dict())):
+        frozen = not state.get("finetune")
+        if frozen and (i or args.pretrained) and (changed := first_difference(network, backbone.state_dict())):
             given = "--pretrained" if args.pretrained else next(iter(loaded))
             raise checkpoint.CheckpointError(f"--resume: {path} has another backbone than {given}, {changed}")
         backbone, source = network, state["source"]

@@ -37,10 +37,7 @@ def check(parser: Parser, args: Namespace) -> Plan:
     for wrong, message in checks:
         if wrong:
             raise RunError(message)
-    train, val = (inputs.open_folder(parser, args.data, split) for split in ("train", "val"))
-    if train.classes != val.classes:
-        name = min(set(train.classes) ^ set(val.classes))
-        raise RunError(f"DIR {args.data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
+    train, val = inputs.open_labelled(parser, args.data)
     if len(train.classes) < 2:
         found = f"{len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
         raise RunError(f"DIR {args.data}: {found}")
