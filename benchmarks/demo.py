@@ -84,7 +84,7 @@ def main() -> None:
     networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(ARCH), "PCL backbone": load_backbone(checkpoint)[0]}
     rows = {name: score(network, known, query, size) | rows[name] for name, network in networks.items()}
     print_table(rows)
-    print(f"kNN: the weighted vote of the 20 nearest of {len(known)} labelled images, for {len(query)} others.")
+    print(f"kNN: the weighted vote of the 200 nearest of {len(known)} labelled images, for {len(query)} others.")
     print("1 label: the nearest of one labelled image of each class; mean of 20 draws.")
     print(f"NMI: agreement of {len(query.classes)} k-means clusters with the classes, 100 if they are the same.")
     print("probe: accuracy of a linear classifier trained with all labels.")

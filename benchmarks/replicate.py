@@ -129,7 +129,6 @@ PAIRS += [("pcl-v2-bn8", "moco-v2-bn8"), ("pcl-v2-stem", "moco-v2-stem"), ("pcl-
 PAIRS += [("pcl-v2-oracle", "moco-v2")]
 
 PROBES = {1: "--epochs 200 --schedule 120 160", 10: "--epochs 40 --schedule 24 32", 100: "--epochs 10 --schedule 6 8"}
-NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 STOPPED = threading.Event()
 
@@ -590,7 +589,7 @@ def probe(weights: list[Any], percent: int, lr: float, run: Run, args: Namespace
 def measure(network: nn.Module, data: Path, seed: int, knn_only: bool = False) -> dict[str, float]:
     """kNN accuracy, low-shot mAP and agreement of clusters and classes, in percent."""
     (x, y), (q, truth) = features_of(network, data / "train"), features_of(network, data / "val")
-    figures = {"kNN": 100 * knn_accuracy(x, y, q, truth, NEIGHBOURS, KNN_TEMPERATURE)}
+    figures = {"kNN": 100 * knn_accuracy(x, y, q, truth)}
     if knn_only:
         return figures
     classes = [str(label) for label in range(int(y.max()) + 1)]

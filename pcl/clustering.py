@@ -28,6 +28,7 @@ ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
 RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
 CHUNK = 2**16  # rows that are held in double precision at once
+MANY_RANKS = 16  # from which all ranks take part in each restart: 15 unequal ones keep 16 ranks busy for half the time
 LARGEST = 1e15  # of a feature, so that its square is far within float32
 
 Array = Tensor | np.ndarray
@@ -176,7 +177,7 @@ def cluster_all(
     num_clusters: Sequence[int],
     temperature: float,
     seeds: Sequence[int] | None = None,
-    share: Callable[..., list] = lambda function, jobs, cost: list(map(function, jobs)),
+    share: Callable[..., list] | None = None,
     algorithm: str = "faiss",
 ) -> list[Clustering]:
     """Cluster the same features at several granularities, each by the best of RESTARTS restarts.
@@ -189,6 +190,7 @@ def cluster_all(
         seeds: of each granularity; as published, its position in the list.
         share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job. By default this
             process does all; `pcl.distributed.shared_map` spreads the jobs over the ranks of a group, with the same result.
+            Given in a group of MANY_RANKS or more, `pcl.sharded` clusters instead: the same objective up to rounding.
         algorithm: as for `kmeans`.
 
     Returns:
@@ -197,7 +199,8 @@ def cluster_all(
     (features,) = tensors(features=(features, "N C"))
     device, temperature = features.device, above_zero("temperature", temperature)
     jobs = jobs_of(num_clusters, seeds, len(features))
-    if algorithm == "faiss" and faiss_lacks(device):
+    many = share is not None and get_world_size() >= MANY_RANKS
+    if algorithm == "faiss" and (many or faiss_lacks(device)):
         from pcl.sharded import cluster_all_sharded  # imports this module
 
         rows = features.detach().float()[get_rank() :: get_world_size()]
@@ -205,6 +208,7 @@ def cluster_all(
     rows, prototypes_of = held_by_float32(features.detach().cpu())
     (points,) = _points(features=(rows, "N C"))
     cost = [k for k, _, _ in jobs]
+    share = share or (lambda function, jobs, cost: list(map(function, jobs)))
     centroids: dict[tuple[int, int, int], np.ndarray] = {}  # of the jobs that this process has done
 
     def run(job: tuple[int, int, int]) -> tuple[Tensor]:

@@ -23,7 +23,7 @@ def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
 
 
 def knn_accuracy(
-    known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int = 20, temperature: float = 0.1
+    known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int = 200, temperature: float = 0.1
 ) -> float:
     """Share of queries that a weighted vote of their k nearest known images classifies rightly.
 
@@ -39,7 +39,7 @@ def knn_accuracy(
 
 
 def leave_one_out_accuracy(
-    features: Tensor, label: Tensor, k: int = 20, temperature: float = 0.1, most: int = 20_000, seed: int = 0
+    features: Tensor, label: Tensor, k: int = 200, temperature: float = 0.1, most: int = 20_000, seed: int = 0
 ) -> float:
     """`knn_accuracy` of (N, C) features with (N,) labels, N >= 2: all other images classify each image.
 

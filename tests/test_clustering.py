@@ -235,6 +235,9 @@ def test_num_used_counts_up_to_the_largest_id_with_an_image():
 def cluster_together(device, args, plan):
     features = unit_rows(700, 8)
     shared = cluster_all(features, [10, 40, 25], 0.2, share=shared_map)
+    clustering.MANY_RANKS = 2
+    many = cluster_all(features, [10, 40, 25], 0.2, share=shared_map)
+    shared += many + cluster_all(features, [10], 0.2)  # alone, each rank for itself
     save_result(args, **{f"{name}{j}": getattr(c, name) for j, c in enumerate(shared) for name in c.__dataclass_fields__})
 
 
@@ -242,9 +245,13 @@ def cluster_together(device, args, plan):
 def test_clusterings_are_the_same_for_one_and_two_ranks(two_ranks):
     alone = cluster_all(unit_rows(700, 8), [10, 40, 25], 0.2)
     for result in two_ranks(cluster_together):
-        for j, expected in enumerate(alone):
+        for j, expected in [*enumerate(alone), (6, alone[0])]:
             for name in expected.__dataclass_fields__:
                 torch.testing.assert_close(result[f"{name}{j}"], getattr(expected, name), rtol=0, atol=0)
+        for j, expected in enumerate(alone, start=3):  # where many ranks share each restart
+            assert torch.equal(result[f"im2cluster{j}"], expected.im2cluster)
+            torch.testing.assert_close(result[f"prototypes{j}"], expected.prototypes)
+            torch.testing.assert_close(result[f"concentration{j}"], expected.concentration)
 
 
 def test_nearest_neighbours_are_those_of_largest_inner_product():
