@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pcl import checkpoint
 from pcl.augment import center_view
 from pcl.builder import MoCo
 from pcl.clustering import Clustering
-from pcl.distributed import get_world_size, is_main, wait_for_all
+from pcl.distributed import get_world_size, is_main, shared_map, wait_for_all
 from pcl.features import extract_features
 from pcl.loader import IndexedFolder, indices_of_rank, make_loader
 from pcl.metrics import cluster_agreement, leave_one_out_accuracy
@@ -56,34 +57,47 @@ class Monitor:
         Args:
             epoch: the one to come, from 0.
             model: its backbone sees the validation images.
-            features: (n, C) unit-length momentum features of the main process; n = N except for sharded k-means.
-            seen: the images that they are of.
+            features: (n, C) unit-length momentum features; n = N except for sharded k-means.
+            seen: the images that they are of. With sharded k-means, those of the main process are looked at.
             clusterings: of all images; none in warm-up.
         """
         if self.freq == 0:
             return
-        start, found = time.monotonic(), dict[str, float]()
+        start = time.monotonic()
+        jobs: dict[str, Callable[[], Iterable[float]]] = {}
+        if self.label is not None:
+            label = self.label[seen.start : seen.stop : seen.step][:KNN_POOL]
+            jobs["knn_train"] = lambda: [leave_one_out_accuracy(features[:KNN_POOL], label)]
         if self.val_loader is not None:
             val_label = torch.from_numpy(self.val_loader.dataset.labels)  # type: ignore[attr-defined]
             batches = track(self.val_loader, "monitor", len(self.val_loader))
             rows = extract_features(model.backbone_features, batches, len(val_label), features.device)
-            if is_main():
-                found["knn_val"] = leave_one_out_accuracy(rows, val_label)
-        if is_main():
+            jobs["knn_val"] = lambda: [leave_one_out_accuracy(rows, val_label)]
+        for number, im2cluster in enumerate(clustering.im2cluster.cpu() for clustering in clusterings):
             if self.label is not None:
-                label = self.label[seen.start : seen.stop : seen.step][:KNN_POOL]
-                found["knn_train"] = leave_one_out_accuracy(features[:KNN_POOL], label)
-            for position, clustering in enumerate(clusterings):
-                previous = self.previous[position] if self.previous else None
-                found |= self._of_clusters(epoch, clustering, previous)
+                jobs[f"label {number}"] = partial(_agreement, im2cluster, self.label)
+            if self.previous:
+                jobs[f"previous {number}"] = partial(_agreement, self.previous[number], im2cluster)
+        # Each rank does some of them; the costliest falls to the main process, whose features it is to be about.
+        cost = [2.0 if name == "knn_train" else 1.0 for name in jobs]
+        values = shared_map(lambda job: [torch.tensor([*job()], dtype=torch.float64)], [*jobs.values()], cost)
+        done = {name: result.tolist() for name, (result,) in zip(jobs, values, strict=True)}
+        if is_main():
+            found = {name: result[0] for name, result in done.items() if name.startswith("knn")}
+            for number, clustering in enumerate(clusterings):
+                found |= self._of_clusters(epoch, clustering, done.get(f"label {number}"), done.get(f"previous {number}"))
             found["monitor_seconds"] = time.monotonic() - start
             self.record.metrics(epoch, **found)
             _tell(epoch, found, [len(c.prototypes) for c in clusterings])
-            self.previous = [c.im2cluster.to("cpu", torch.int32) for c in clusterings]
-        wait_for_all()
+        self.previous = [clustering.im2cluster.to("cpu", torch.int32) for clustering in clusterings]
 
-    def _of_clusters(self, epoch: int, clustering: Clustering, previous: Tensor | None) -> dict[str, float]:
-        """One granularity's results, called clusters_K/...; shows its histograms."""
+    def _of_clusters(
+        self, epoch: int, clustering: Clustering, agreement: Sequence[float] | None, stability: Sequence[float] | None
+    ) -> dict[str, float]:
+        """One granularity's results, called clusters_K/...; shows its histograms.
+
+        `agreement` with the labels and `stability`, with the clusters before, are values of `cluster_agreement`.
+        """
         num_cluster = len(clustering.prototypes)
         size = torch.bincount(clustering.im2cluster, minlength=num_cluster).cpu().numpy()  # (K,)
         phi = clustering.concentration.cpu().numpy()  # (K,)
@@ -91,16 +105,20 @@ class Monitor:
         for name, values in (("size", size), ("concentration", phi)):
             quartiles = np.percentile(values, [25, 50, 75]).tolist()
             found |= {f"{name}_quartile_{i}": value for i, value in enumerate(quartiles, start=1)}
-        if self.label is not None:
-            found |= cluster_agreement(clustering.im2cluster, self.label)
-        if previous is not None:
+        if agreement is not None:
+            found |= dict(zip(("nmi", "ami", "purity"), agreement, strict=True))
+        if stability is not None:
             # Numbers of clusters mean nothing: an image stays if it goes where most of its old cluster goes.
-            stability = cluster_agreement(previous, clustering.im2cluster)
-            found |= {"changed": 1 - stability["purity"], "ami_previous": stability["ami"]}
+            _, ami, purity = stability
+            found |= {"changed": 1 - purity, "ami_previous": ami}
         if self.record.board:
             names = (f"clusters_{num_cluster}/size", f"clusters_{num_cluster}/concentration")
             self.record.board.histogram(epoch, **dict(zip(names, (size, phi), strict=True)))
         return {f"clusters_{num_cluster}/{name}": value for name, value in found.items()}
+
+
+def _agreement(im2cluster: Tensor, label: Tensor) -> Iterable[float]:
+    return cluster_agreement(im2cluster, label).values()
 
 
 def _tell(epoch: int, found: dict[str, float], num_clusters: Sequence[int]) -> None:
