@@ -2,27 +2,33 @@
 
     python benchmarks/faults.py [--kills 100] [--seed 0]
 
-A run trains a small network on images that come with the package and saves after every step; three in ten kills wait for the
-next save and hit it. Each kind is done as often as --kills says: all processes are killed at once, or the launcher, one of the
-two ranks or a loader's worker alone. The others must then end by themselves within a minute, and leave no name in /dev/shm or
-the folder for temporary files. Each time, every file that bears a checkpoint's name must open, and none may be older than
-before. Runs that come to their end must have the weights of the undisturbed run to the bit; then a new one is begun.
+A run trains a small network on images that come with the package and saves after every step. Three in ten kills come while its
+processes start, four while it trains, and three wait for the next save and hit it. Each kind is done as often as --kills says:
+all processes are killed at once, or the launcher, one of the two ranks or a loader's worker alone. The others must then end by
+themselves within a minute, and leave no name in /dev/shm or the folder for temporary files. Each time, every file that bears a
+checkpoint's name must open, and none may be older than before. Runs that come to their end must have the weights of the
+undisturbed run to the bit; then a new one is begun. A launcher is forked from this process, which spares it the imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: a process with threads must not be forked
 
 import torch
 from torch import Tensor
@@ -32,6 +38,10 @@ from pcl.errors import PREEMPTED
 from pcl.samples import write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts
+
+import main_pcl  # noqa: E402, F401 - for the runs that are forked from here
+
 SETTINGS = (
     "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 10 "
 )
@@ -39,17 +49,28 @@ SETTINGS += (
     "--mlp --aug-plus --cos --lr 0.003 --moco-m 0.9 -j 2 --seed 1 --nproc 2 --save-steps 1 --monitor-freq 0 --resume auto"
 )
 LAST_EPOCH = "checkpoint_0009.pth.tar"
+TRAINS = "epochs: "  # what a run prints before its first epoch
 VICTIMS = ("all", "launcher", "rank 0", "rank 1", "worker")
 
 
-def start(images: Path, exp_dir: Path) -> subprocess.Popen:
-    """The run, or the rest of it."""
-    command = [sys.executable, str(ROOT / "main_pcl.py"), str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir)]
-    temporary = images.parent / "tmp"
-    temporary.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+def start(images: Path, exp_dir: Path) -> Any:
+    """The process of the run, or of the rest of it; what it prints goes into a file beside its folder."""
+    (images.parent / "tmp").mkdir(exist_ok=True)
+    exp_dir.with_suffix(".out").touch()
+    process = multiprocessing.get_context("fork").Process(target=run, args=(images, exp_dir))
+    process.start()
+    return process
+
+
+def run(images: Path, exp_dir: Path) -> None:
+    """`python main_pcl.py`, as leader of its processes."""
+    os.setsid()
     with exp_dir.with_suffix(".out").open("a") as out:
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ["TMPDIR"] = str(images.parent / "tmp")
+    sys.argv = [str(ROOT / "main_pcl.py"), str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def processes_of(session: int) -> list[int]:
@@ -84,7 +105,7 @@ def ranks_of(launcher: int) -> list[int]:
     return children(launcher, launcher, b"spawn_main")
 
 
-def strike(process: subprocess.Popen, victim: str) -> bool:
+def strike(process: Any, victim: str) -> bool:
     """Kill, if the victim is there yet."""
     session = process.pid
     ranks = ranks_of(session)
@@ -107,15 +128,21 @@ def is_saving(exp_dir: Path) -> bool:
     return any(exp_dir.glob(".checkpoint*.part"))
 
 
-def wait_for_end(process: subprocess.Popen) -> None:
+def wait_until(process: Any, condition: Callable[[], bool], seconds: float) -> None:
+    """Until the condition holds, the process has ended or time is up."""
+    end = time.monotonic() + seconds
+    while process.is_alive() and not condition() and time.monotonic() < end:
+        process.join(0.002)
+
+
+def wait_for_end(process: Any) -> None:
     """Nothing of the run may be left after a minute."""
     end = time.monotonic() + 60
     while processes_of(process.pid):
         if time.monotonic() > end:
             raise SystemExit(f"processes {processes_of(process.pid)} are left after a minute")
-        process.poll()
-        time.sleep(0.05)
-    process.wait()
+        process.join(0.05)
+    process.join()
 
 
 def progress_of(exp_dir: Path) -> tuple[int, int]:
@@ -148,12 +175,15 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
         begin = time.monotonic()
-        undisturbed = start(root / "images", root / "undisturbed")
-        if undisturbed.wait() != 0:
-            raise SystemExit((root / "undisturbed.out").read_text())
-        whole = time.monotonic() - begin
+        undisturbed, out = start(root / "images", root / "undisturbed"), root / "undisturbed.out"
+        wait_until(undisturbed, lambda: TRAINS in out.read_text(), 3600)
+        starting = time.monotonic() - begin
+        undisturbed.join()
+        if undisturbed.exitcode != 0:
+            raise SystemExit(out.read_text())
+        training = time.monotonic() - begin - starting
         expected = load(root / "undisturbed" / LAST_EPOCH)
-        print(f"undisturbed run: {whole:.1f} s", flush=True)
+        print(f"undisturbed run: {starting:.1f} s until it trains, then {training:.1f} s", flush=True)
 
         killed: Counter[str] = Counter()
         left: set[str] = set()
@@ -165,21 +195,25 @@ def main() -> None:
             exp_dir = root / f"run_{number}"
             for part in exp_dir.glob(".checkpoint*.part"):  # of the last kill; a run would write over it
                 part.unlink()
-            process = start(root / "images", exp_dir)
-            wait = generator.uniform(0, 0.4 * whole) if to_kill else 3600.0
-            in_save = generator.random() < 0.3
-            try:
-                code = process.wait(wait)
-            except subprocess.TimeoutExpired:
-                end = time.monotonic() + 10
-                while in_save and not is_saving(exp_dir) and process.poll() is None and time.monotonic() < end:
-                    time.sleep(0.001)
+            out = exp_dir.with_suffix(".out")
+            out.write_text("")
+            process, struck = start(root / "images", exp_dir), False
+            if to_kill:
+                moment = generator.choices(["starting", "training", "saving"], [3, 4, 3])[0]
+                if moment == "starting":
+                    process.join(generator.uniform(0, starting))
+                else:
+                    wait_until(process, lambda: TRAINS in out.read_text(), 600)  # noqa: B023
+                    process.join(generator.uniform(0, 0.3 * training))
+                if moment == "saving":
+                    wait_until(process, lambda: is_saving(exp_dir), 10)  # noqa: B023
                 inside += is_saving(exp_dir)
-                while not (struck := strike(process, to_kill[-1])) and process.poll() is None:
-                    time.sleep(0.05)
-                code = None if struck else process.wait()
-                if struck:
-                    killed[to_kill.pop()] += 1
+                while process.is_alive() and not (struck := strike(process, to_kill[-1])):
+                    process.join(0.05)
+            if struck:
+                killed[to_kill.pop()] += 1
+            else:
+                process.join()
             wait_for_end(process)
             left |= set(names_left(root / "images")) - names
             reached = progress_of(exp_dir)
@@ -187,8 +221,8 @@ def main() -> None:
                 raise SystemExit(f"run {number} fell back from epoch and step {before} to {reached}")
             before = reached
             total = sum(killed.values())
-            if code is not None:  # it ended by itself
-                if code not in (0, PREEMPTED):
+            if not struck:  # it ended by itself
+                if process.exitcode not in (0, PREEMPTED):
                     raise SystemExit(exp_dir.with_suffix(".out").read_text()[-3000:])
                 final = load(exp_dir / LAST_EPOCH)
                 if not same(final["state_dict"], expected["state_dict"]):
