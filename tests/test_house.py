@@ -72,7 +72,7 @@ import importlib.abc, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torchvision", "PIL", "sklearn", "scipy", "tqdm", "matplotlib", "joblib"}:
+        if name.partition(".")[0] in {"torchvision", "PIL", "sklearn", "scipy", "tqdm", "matplotlib"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())

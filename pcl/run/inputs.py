@@ -7,10 +7,10 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, delayed
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at
@@ -103,10 +103,11 @@ def leave_out_unreadable(
     paths = [images.path(i) for images in folders for i in range(len(images))]
     # Under a launcher each process of a node is here; there is no group yet to know the main process.
     threads = max(1, available_cores() // (1 if place.spawns else place.local_world))
-    reading = Parallel(threads, prefer="threads", return_as="generator")(delayed(why_unreadable)(path) for path in paths)
-    reasons = track(reading, "reading every image", len(paths)) if place.rank == 0 else reading
     try:
-        unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+        with ThreadPool(threads) as pool:
+            reading = pool.imap(why_unreadable, paths, chunksize=16)
+            reasons = track(reading, "reading every image", len(paths)) if place.rank == 0 else reading
+            unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, "\nstopped before anything was written; without --skip-unreadable images are not read first\n")
     if place.rank == 0:

@@ -105,7 +105,7 @@ def _spawn(worker: Worker, args: Namespace, plan: Plan) -> None:
             signal.signal(number, handler if handler is signal.SIG_IGN else pass_on)
         # What is blocked is inherited: Ctrl-C gives no traceback of a process that is still importing.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        arguments = (worker, args, plan, os.getpid())
+        arguments = (worker, args, plan, os.getpid(), mp.get_start_method())
         processes += mp.spawn(_spawned, arguments, nprocs=plan.place.local_world, join=False).processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for early in list(passed_on):  # it came before there was anybody to pass it on to
@@ -139,8 +139,9 @@ def _wait_for(processes: Sequence[Any]) -> tuple[int, int]:
     return first if first[1] else next(((n, p.exitcode) for n, p in enumerate(processes) if p.exitcode), (0, 0))
 
 
-def _spawned(local_rank: int, worker: Worker, args: Namespace, plan: Plan, launcher: int) -> None:
+def _spawned(local_rank: int, worker: Worker, args: Namespace, plan: Plan, launcher: int, start_method: str) -> None:
     open_streams()
+    mp.set_start_method(start_method, force=True)  # of its loaders' workers; a process that was spawned would spawn them
     place = replace(plan.place, rank=plan.place.rank + local_rank, local_rank=local_rank)
     try:
         _join(worker, args, replace(plan, place=place), launcher)
