@@ -8,6 +8,7 @@ Options that are not the demo's own go to main_pcl.py. The settings were chosen 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcl.augment import center_view
-from pcl.checkpoint import load_backbone
+from pcl.checkpoint import LAST_E_STEP, load, load_backbone
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
@@ -35,9 +36,10 @@ from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder, write_voc
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts
 ARCH = "resnet18"
-SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6 --monitor-freq 3"
-SETTINGS += " --seed 0 --nproc 1"
+SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 3 --seed 0 --nproc 1"
+SETTINGS += " --augment-on device --channels-last"
 
 
 def get_parser() -> Parser:
@@ -46,9 +48,9 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="images of your own, in train/<class>/ and val/<class>/")
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
-    parser.add_argument("--image-size", type=positive, default=32, metavar="PIXELS",
+    parser.add_argument("--image-size", type=positive, default=28, metavar="PIXELS",
                         help="side of a view; time grows with its square")
-    parser.add_argument("--epochs", type=positive, default=16, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="epochs of pre-training")
     # fmt: on
     return parser
 
@@ -68,7 +70,7 @@ def main() -> None:
     clusters = sorted({max(2, len(known) // images) for images in (40, 20, 10)})
     shape = f"--arch {ARCH} --image-size {size} --batch-size {min(64, len(known))} --num-cluster {','.join(map(str, clusters))}"
     lengths = f"--epochs {args.epochs} --save-freq {args.epochs}"
-    script("main_pcl.py", data, "--exp-dir", run, *SETTINGS.split(), *shape.split(), *lengths.split(), *options)
+    pretrain(run, data, *SETTINGS.split(), *shape.split(), *lengths.split(), *options)
     minutes = (time.monotonic() - start) / 60
     checkpoint = max(run.glob("checkpoint_*.pth.tar"))
 
@@ -95,12 +97,35 @@ def main() -> None:
     print(f"Its curves: {Path(os.path.relpath(sys.executable)).with_name('tensorboard')} --logdir {run / 'tensorboard'}")
 
 
-def script(name: str, *arguments: Any) -> None:
-    """Run one of the project's scripts, shown as a command line; end with its exit code if it fails."""
+def shown(name: str, *arguments: Any) -> list[str]:
+    """The command that runs one of the project's scripts; prints it."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     print("\n$ python", name, *command[2:], flush=True)
-    if (code := subprocess.run(command).returncode) != 0:
+    return command
+
+
+def script(name: str, *arguments: Any) -> None:
+    """Run one of the project's scripts; end with its exit code if it fails."""
+    if (code := subprocess.run(shown(name, *arguments)).returncode) != 0:
         sys.exit(code)
+
+
+def script_here(name: str, *arguments: Any) -> None:
+    """The same in this process, which spares the imports."""
+    sys.argv = shown(name, *arguments)[1:]
+    importlib.import_module(Path(name).stem).main()
+
+
+def pretrain(run: Path, *arguments: Any) -> None:
+    """Run main_pcl.py, and draw the prototypes as soon as there are any; end with its exit code if it fails."""
+    process, drawn = subprocess.Popen(shown("main_pcl.py", *arguments, "--exp-dir", run)), False
+    while process.poll() is None:
+        if not drawn and (run / LAST_E_STEP).exists() and load(run / LAST_E_STEP)["granularities"]:
+            print("\nthe first prototypes:", *(path for path in draw(run) if "prototypes" in path.name), flush=True)
+            drawn = True
+        time.sleep(1)
+    if process.returncode != 0:
+        sys.exit(process.returncode)
 
 
 def evaluate(name: str, weights: list[Any], data: Path, run: Path, size: int) -> dict[str, float]:
@@ -108,11 +133,11 @@ def evaluate(name: str, weights: list[Any], data: Path, run: Path, size: int) ->
     lr = 0.003 if name == "raw" else 0.03
     options = f"--image-size {size} --lr {lr} -b 64 --epochs 10 --schedule 6 8 --seed 0 --nproc 1 -p 999".split()
     output = run / f"probe_{name}.json"
-    script("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
+    script_here("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
     figures = {"probe": json.loads(output.read_text())["last"]["test_acc"]}
     common = ["--image-size", 2 * size, "--num-workers", available_cores(), run / "voc"]
-    script("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
-    script("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")
+    script_here("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
+    script_here("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")
     figures["SVM"] = 100 * json.loads((run / f"svm_{name}.json").read_text())["full"]["map"]
     low_shot = json.loads((run / f"low_shot_{name}.json").read_text())["low_shot"]
     return figures | {f"k = {k}": 100 * result["mean"] for k, result in low_shot.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pcl.augment import center_view
-from pcl.clustering import faiss_lacks
+from pcl.clustering import MANY_RANKS, faiss_lacks
 from pcl.distributed import available_cores, is_main, sum_over_ranks
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
@@ -46,6 +46,8 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log(f"batch: {plan.global_batch} images, {plan.batch} in each process; {steps} steps an epoch; seed {plan.seed}")
     if args.kmeans == "faiss" and faiss_lacks(device):
         log("k-means: by matrix products, as --kmeans sharded, since this build of faiss cannot use the GPU")
+    elif args.kmeans == "faiss" and world >= MANY_RANKS:
+        log("k-means: all processes take part in each restart, as with --kmeans sharded")
     if args.warmup_epoch >= args.epochs:
         log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
     else:
