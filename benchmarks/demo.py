@@ -26,7 +26,7 @@ from pcl.checkpoint import LAST_E_STEP, load, load_backbone
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
-from pcl.figures import draw
+from pcl.figures import DPI, draw, nearest_images
 from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
 from pcl.networks import backbone
@@ -34,12 +34,12 @@ from pcl.run.inputs import open_folder
 from pcl.run.logs import track
 from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder, write_voc
+from resnet8 import RESNET8, register
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts
-ARCH = "resnet18"
-SETTINGS = "--mlp --aug-plus --cos --lr 0.03 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 3 --seed 0 --nproc 1"
-SETTINGS += " --augment-on device --channels-last"
+SETTINGS = f"--arch {RESNET8} --mlp --aug-plus --cos --lr 0.12 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6"
+SETTINGS += " --augment-on device --channels-last --monitor-freq 3 --seed 0 --nproc 1"
 
 
 def get_parser() -> Parser:
@@ -50,12 +50,13 @@ def get_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
     parser.add_argument("--image-size", type=positive, default=28, metavar="PIXELS",
                         help="side of a view; time grows with its square")
-    parser.add_argument("--epochs", type=positive, default=10, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--epochs", type=positive, default=24, metavar="N", help="epochs of pre-training")
     # fmt: on
     return parser
 
 
 def main() -> None:
+    register()
     parser = get_parser()
     args, options = parser.parse_known_args()
     data, size = args.data or args.out / "images", args.image_size
@@ -68,22 +69,22 @@ def main() -> None:
     run = args.out / time.strftime("run_%Y%m%d_%H%M%S")
     start = time.monotonic()
     clusters = sorted({max(2, len(known) // images) for images in (40, 20, 10)})
-    shape = f"--arch {ARCH} --image-size {size} --batch-size {min(64, len(known))} --num-cluster {','.join(map(str, clusters))}"
+    shape = f"--image-size {size} --batch-size {min(64, len(known))} --num-cluster {','.join(map(str, clusters))}"
     lengths = f"--epochs {args.epochs} --save-freq {args.epochs}"
-    pretrain(run, data, *SETTINGS.split(), *shape.split(), *lengths.split(), *options)
+    pretrain(run, known, data, *SETTINGS.split(), *shape.split(), *lengths.split(), *options)
     minutes = (time.monotonic() - start) / 60
     checkpoint = max(run.glob("checkpoint_*.pth.tar"))
 
     write_voc(data, run / "voc", cell=size)
     weights = {
         "raw pixels": ["--pixels"],
-        "random backbone": ["--random-init", "--arch", ARCH],
+        "random backbone": ["--random-init", "--arch", RESNET8],
         "PCL backbone": ["--pretrained", checkpoint],
     }
     rows = {name: evaluate(name.split()[0], options, data, run, size) for name, options in weights.items()}
 
     seed_everything(0)
-    networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(ARCH), "PCL backbone": load_backbone(checkpoint)[0]}
+    networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(RESNET8), "PCL backbone": load_backbone(checkpoint)[0]}
     rows = {name: score(network, known, query, size) | rows[name] for name, network in networks.items()}
     print_table(rows)
     print(f"kNN: the weighted vote of the 200 nearest of {len(known)} labelled images, for {len(query)} others.")
@@ -97,32 +98,24 @@ def main() -> None:
     print(f"Its curves: {Path(os.path.relpath(sys.executable)).with_name('tensorboard')} --logdir {run / 'tensorboard'}")
 
 
-def shown(name: str, *arguments: Any) -> list[str]:
-    """The command that runs one of the project's scripts; prints it."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    print("\n$ python", name, *command[2:], flush=True)
+def shown(script: str, *arguments: Any) -> list[str]:
+    """The command that runs one of the project's scripts with the ResNet-8; prints it."""
+    command = [sys.executable, str(ROOT / "benchmarks/resnet8.py"), script, *map(str, arguments)]
+    print("\n$ python benchmarks/resnet8.py", *command[2:], flush=True)
     return command
 
 
-def script(name: str, *arguments: Any) -> None:
-    """Run one of the project's scripts; end with its exit code if it fails."""
-    if (code := subprocess.run(shown(name, *arguments)).returncode) != 0:
-        sys.exit(code)
-
-
-def script_here(name: str, *arguments: Any) -> None:
-    """The same in this process, which spares the imports."""
-    sys.argv = shown(name, *arguments)[1:]
-    importlib.import_module(Path(name).stem).main()
-
-
-def pretrain(run: Path, *arguments: Any) -> None:
+def pretrain(run: Path, images: IndexedFolder, *arguments: Any) -> None:
     """Run main_pcl.py, and draw the prototypes as soon as there are any; end with its exit code if it fails."""
-    process, drawn = subprocess.Popen(shown("main_pcl.py", *arguments, "--exp-dir", run)), False
+    picture = run / "figures/first_prototypes.png"
+    process = subprocess.Popen(shown("main_pcl.py", *arguments, "--exp-dir", run))
     while process.poll() is None:
-        if not drawn and (run / LAST_E_STEP).exists() and load(run / LAST_E_STEP)["granularities"]:
-            print("\nthe first prototypes:", *(path for path in draw(run) if "prototypes" in path.name), flush=True)
-            drawn = True
+        if not picture.exists() and (run / LAST_E_STEP).exists():
+            last = load(run / LAST_E_STEP)
+            for granularity in last["granularities"][:1]:
+                picture.parent.mkdir(exist_ok=True)
+                nearest_images(granularity, last, images.with_transform(lambda image: image)).savefig(picture, dpi=DPI)
+                print(f"\nimages nearest to the first prototypes: {picture}", flush=True)
         time.sleep(1)
     if process.returncode != 0:
         sys.exit(process.returncode)
@@ -130,14 +123,19 @@ def pretrain(run: Path, *arguments: Any) -> None:
 
 def evaluate(name: str, weights: list[Any], data: Path, run: Path, size: int) -> dict[str, float]:
     """Accuracy of the linear probe and mean average precision of the SVMs, in percent."""
-    lr = 0.003 if name == "raw" else 0.03
-    options = f"--image-size {size} --lr {lr} -b 64 --epochs 10 --schedule 6 8 --seed 0 --nproc 1 -p 999".split()
+
+    def run_here(script: str, *arguments: Any) -> None:  # spares the imports
+        sys.argv = shown(script, *arguments)[2:]
+        importlib.import_module(Path(script).stem).main()
+
+    lr = 0.003 if name == "raw" else 0.3
+    options = f"--image-size {size} --lr {lr} -b 64 --epochs 5 --schedule 3 4 --seed 0 --nproc 1 -p 999".split()
     output = run / f"probe_{name}.json"
-    script_here("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
+    run_here("eval_cls_imagenet.py", *weights, *options, "--id", f"{run.name}_{name}", "--output", output, data)
     figures = {"probe": json.loads(output.read_text())["last"]["test_acc"]}
     common = ["--image-size", 2 * size, "--num-workers", available_cores(), run / "voc"]
-    script_here("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
-    script_here("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")
+    run_here("eval_svm_voc.py", *weights, *common, "--output", run / f"svm_{name}.json")
+    run_here("eval_svm_voc.py", *weights, *common, "--output", run / f"low_shot_{name}.json", "--low-shot")
     figures["SVM"] = 100 * json.loads((run / f"svm_{name}.json").read_text())["full"]["map"]
     low_shot = json.loads((run / f"low_shot_{name}.json").read_text())["low_shot"]
     return figures | {f"k = {k}": 100 * result["mean"] for k, result in low_shot.items()}

@@ -62,7 +62,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision import transforms
 
-from demo import ARCH, ROOT, script
+from demo import ROOT
 from pcl import checkpoint, networks
 from pcl.augment import Augmentation
 from pcl.checkpoint import LAST_E_STEP
@@ -85,6 +85,7 @@ sys.path.insert(0, str(ROOT))  # the scripts
 import eval_svm_voc
 import main_pcl
 
+ARCH = "resnet18"
 SIZE = 32
 IMAGES = 500  # of each class to pre-train on, and as many others to choose settings on
 CHOICE_SEED = 100  # no seed of the comparison
@@ -522,6 +523,14 @@ def run_script(name: str, *arguments: Any) -> None:
     if STOPPED.is_set():
         sys.exit(128 + signal.SIGTERM)
     script(*(["benchmarks/resnet8.py"] if RESNET8 in arguments else []), name, *arguments)
+
+
+def script(name: str, *arguments: Any) -> None:
+    """Run a script of this project, shown as a command line; end with its exit code if it fails."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    print("\n$ python", name, *command[2:], flush=True)
+    if (code := subprocess.run(command).returncode) != 0:
+        sys.exit(code)
 
 
 def agreement_of_clusters(e_step: Path) -> dict[str, dict[str, float]]:

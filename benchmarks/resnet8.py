@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import _api, resnet
 
-from demo import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 RESNET8 = "resnet8"
 
 

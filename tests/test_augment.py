@@ -80,6 +80,7 @@ def test_nothing_to_do_is_normalization_to_the_bit():
     assert torch.equal(apply_deferred(photos(), neutral, True), normalize(photos()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aug_plus", [False, True], ids=["v1", "v2"])
 def test_recipes_follow_the_published_distributions(aug_plus):
     drawn = np.array([DeferredView(32, aug_plus).draw() for _ in range(6000)])
@@ -107,6 +108,7 @@ def test_recipes_follow_the_published_distributions(aug_plus):
     )
 
 
+@pytest.mark.slow
 def test_crops_are_those_of_the_published_view():
     """A gradient tells where a crop was taken: area and position are distributed as RandomResizedCrop's."""
     x = torch.arange(200).repeat(200, 1)

@@ -227,10 +227,15 @@ def test_a_state_dict_is_taken_as_torch_takes_it(tmp_path, changed):
     assert_same(dict(network.state_dict()), dict(reference.state_dict()))
 
 
+@pytest.fixture(scope="module")
+def healthy():
+    return published(moco())
+
+
 @pytest.mark.parametrize("wrong", ["encoder_q.conv5.0.weight", "encoder_q.conv1.1.running_var", "queue", "momentum"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
-def test_numbers_that_are_not_finite_are_refused(tmp_path, wrong, value):
-    state = published(moco())
+def test_numbers_that_are_not_finite_are_refused(healthy, tmp_path, wrong, value):
+    state = healthy | {"state_dict": dict(healthy["state_dict"]), "optimizer": dict(healthy["optimizer"])}
     if wrong == "momentum":
         shape = state["state_dict"]["module.encoder_q.conv1.0.weight"].shape
         state["optimizer"]["state"] = {0: {"momentum_buffer": torch.full(shape, value, dtype=torch.float64)}}
@@ -266,6 +271,7 @@ def test_a_backbone_with_other_keys_is_an_error_that_names_them(tmp_path):
         load_backbone(tmp_path / "c.pt")
 
 
+@pytest.mark.slow
 def test_resuming_asks_for_the_same_model(tmp_path):
     path = tmp_path / "c.pt"
     torch.save(published(moco()), path)
@@ -283,6 +289,7 @@ def test_resuming_asks_for_the_same_model(tmp_path):
         load_for_resume(path, moco(), ARCH)
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_resumed_run_is_that_of_its_weights(tmp_path):
     model, path = moco(), tmp_path / "c.pt"
     optimizer = sgd(model.parameters())
@@ -315,6 +322,7 @@ def test_an_optimizer_goes_on_by_the_options_with_the_momentum_of_the_file():
     assert torch.equal(second.state[parameter]["momentum_buffer"], first.state[parameter]["momentum_buffer"])
 
 
+@pytest.mark.slow
 def test_a_regnet_is_resumed(tmp_path):
     """torchvision computes its widths by tensors, also where the network is to be built without numbers."""
     build = functools.partial(MoCo, functools.partial(new_network, "regnet_y_400mf"), dim=8, r=16)
@@ -325,6 +333,7 @@ def test_a_regnet_is_resumed(tmp_path):
     assert load_backbone(tmp_path / "c.pt")[1] == "regnet_y_400mf"
 
 
+@pytest.mark.slow
 def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head():
     offered = []
     for name in torchvision.models.list_models(module=torchvision.models):
@@ -338,6 +347,7 @@ def test_the_architectures_are_torchvision_s_classifiers_with_a_single_fc_head()
     assert architectures() == offered
 
 
+@pytest.mark.slow
 def test_the_small_stem_goes_with_a_convolution_and_a_max_pool_alone():
     for name in architectures():
         with without_numbers():
@@ -358,6 +368,7 @@ def test_the_small_stem_halves_nothing_and_begins_like_torchvision_s():
     assert small.conv1.weight.var().item() == pytest.approx(2 / (64 * 3 * 3), rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_small_stem_is_read_off_the_weights(tmp_path, capsys):
     model = MoCo(functools.partial(new_network, "resnet18", True), dim=8, r=16)
     state = published(model) | {"arch": "resnet18"}

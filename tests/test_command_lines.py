@@ -538,6 +538,7 @@ def valid_lines(draw, module, without=()):
     return draw(st.sampled_from(GOOD[module])), [word for option in options for word in option]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", VALID, ids=lambda module: module.__name__)
 def test_a_wrong_command_line_ends_before_anything_has_happened(module, tree):
     before, seen = state_of(tree), set()
@@ -559,6 +560,7 @@ def test_a_wrong_command_line_ends_before_anything_has_happened(module, tree):
     assert len(seen) >= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", VALID, ids=lambda module: module.__name__)
 def test_every_single_case_is_an_error_that_names_its_argument(module, tree):
     """What the draws above may leave out."""
@@ -579,6 +581,7 @@ def test_every_single_case_is_an_error_that_names_its_argument(module, tree):
     assert state_of(tree) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", VALID, ids=lambda module: module.__name__)
 def test_what_is_spoilt_there_starts_as_it_is(module, tree):
     """Or else the errors above could be of something else."""

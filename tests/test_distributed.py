@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 import random
@@ -182,7 +183,8 @@ def ask_the_group(device, args, plan):
     shown = rank == 0 and shutil.which("ss")  # Linux has it
     listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout if shown else ""
     own = (f"pid={os.getpid()},", f"pid={os.getppid()},")
-    save_result(args, rank=rank, device=str(device), seed=plan.seed, drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
+    save_result(args, rank=rank, device=str(device), seed=plan.seed, starts_workers_by=multiprocessing.get_start_method(),
+                drawn=drawn, rows=rows, mean=mean_over_ranks([rank]),
                 alike=[equal_on_all_ranks(7), equal_on_all_ranks(7 + rank)],
                 squares=[int(result[0]) for result in squares], shapes=[list(result[-1].shape) for result in squares],
                 owners=len({int(result[1][0, 0]) for result in squares[1:]}),
@@ -197,6 +199,7 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
     for rank, result in enumerate(results):
         assert result["rank"] == rank
         assert result["device"] == "cpu"
+        assert result["starts_workers_by"] == multiprocessing.get_start_method()  # as a single process would
         assert result["rows"][:, 0].tolist() == list(range(7))
         assert result["mean"] == [0.5]
         assert result["squares"] == [1, 4, 9, 16, 25]
@@ -330,6 +333,7 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
         launch.launch(pytest.fail, alone(nproc=2), plan_of(alone(nproc=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "told"),
     [

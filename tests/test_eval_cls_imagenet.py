@@ -421,6 +421,7 @@ def test_the_pixels_are_a_backbone(six_classes, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_fewer_than_five_classes_have_no_top_5(image_folder, pretrained, tmp_path, capsys):
     script(image_folder, "--pretrained", pretrained, "--epochs", 1, "--id", "two", "--output", "o.json")
     script(image_folder, "--resume", "Linear_eval/two/model_best.pth.tar", "--evaluate")
@@ -513,26 +514,31 @@ def finished(six_classes, pretrained, tmp_path_factory):
     return folder / "Linear_eval" / "x" / "checkpoint.pth.tar"
 
 
+@pytest.fixture(scope="module")
+def places(pretrained, finished, tmp_path_factory):
+    """What the names in WRONG stand for."""
+    folder = tmp_path_factory.mktemp("wrong")
+    places = {name: folder / name for name in ("list", "short", "empty", "other", "nan", "nan_probe")}
+    for name, text in {"list": "n01440764_10026.JPEG\n", "short": "0.png\n", "empty": "\n"}.items():
+        places[name].write_text(text)
+    for name, path, weight in (("nan", pretrained, "encoder_q.conv1.0.weight"), ("nan_probe", finished, "fc.bias")):
+        state = load(path)
+        state["state_dict"][f"module.{weight}"][0] = math.nan
+        torch.save(state, places[name])
+    other = load(pretrained)
+    other["state_dict"]["module.encoder_q.conv1.0.weight"] += 1
+    torch.save(other, places["other"])
+    return places | {"probe": finished, "checkpoint": pretrained, "weights": f"--pretrained {pretrained}"}
+
+
 @pytest.mark.parametrize(("spoil", "options", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, pretrained, finished, tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_is_one_line(spoil, options, message, six_classes, places, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     root = shutil.copytree(six_classes, tmp_path / "six") if spoil else six_classes
     if spoil:
         spoil(root)
     (tmp_path / "Linear_eval" / "taken" / "old").mkdir(parents=True)
-    other = load(pretrained)
-    other["state_dict"]["module.encoder_q.conv1.0.weight"] += 1
-    torch.save(other, tmp_path / "other.pth")
-    places = {"root": root, "probe": finished, "checkpoint": pretrained, "other": tmp_path / "other.pth"}
-    for name, text in {"list": "n01440764_10026.JPEG\n", "short": "0.png\n", "empty": "\n"}.items():
-        (tmp_path / name).write_text(text)
-        places[name] = tmp_path / name
-    places["weights"] = f"--pretrained {pretrained}"
-    for name, path, weight in (("nan", pretrained, "encoder_q.conv1.0.weight"), ("nan_probe", finished, "fc.bias")):
-        state = load(path)
-        state["state_dict"][f"module.{weight}"][0] = math.nan
-        places[name] = tmp_path / f"{name}.pth"
-        torch.save(state, places[name])
+    places = places | {"root": root}
     with pytest.raises(SystemExit) as stop:
         script(root, *options.format(**places).split())
     assert stop.value.code == 2

@@ -108,6 +108,7 @@ def slow_choice(features, rows, costs):
     return costs[int(np.argmax(quality))]
 
 
+@pytest.mark.slow
 def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is_chosen(features):
     rows = np.append(np.arange(60), np.arange(20))  # images drawn twice must not stand on both sides of a fold
     unseen = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)

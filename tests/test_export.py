@@ -53,6 +53,7 @@ def test_safetensors_hold_every_number_where_the_header_says(checkpoint, tmp_pat
     assert max(entry["data_offsets"][1] for entry in header.values()) == len(content) - start
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_by_timm(checkpoint, tmp_path):
     timm = pytest.importorskip("timm")
     path, weights = checkpoint

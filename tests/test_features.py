@@ -62,6 +62,7 @@ def whole(six_classes, pretrained, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_features_and_names_are_those_of_the_files_in_order(whole, six_classes, pretrained):
     network, _ = load_backbone(pretrained)
     for split, count in (("train", 37), ("val", 18)):
@@ -115,6 +116,7 @@ def test_clusters_are_the_e_steps_and_agreement_is_scikit_learns(whole):
         assert found["purity"] == pytest.approx(commonest / len(label))
 
 
+@pytest.mark.slow
 def test_logistic_regression_is_scikit_learns_and_chooses_without_val(whole):
     train, val = np.load(whole / "train.npy"), np.load(whole / "val.npy")
     label, truth = np.load(whole / "train_labels.npy"), np.load(whole / "val_labels.npy")
@@ -227,6 +229,7 @@ def test_an_option_that_cannot_work_is_one_line(words, told, pretrained, six_cla
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_data_that_cannot_work_are_one_line(pretrained, six_classes, tmp_path, capsys):
     def told(data, *words):
         return error_of(capsys, pretrained, data, "--out", tmp_path / "out", *words, *SMALL)

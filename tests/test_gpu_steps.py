@@ -66,6 +66,7 @@ def two_steps(options, device, monkeypatch):
     return model, witness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -83,6 +84,7 @@ def test_a_training_step_keeps_to_its_device_and_never_waits(options, monkeypatc
     assert all(weight.grad is None for weight in model.encoder_k.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "ranks"),
     [
@@ -135,6 +137,7 @@ class Linear(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kmeans", ["faiss", "sharded"])
 def test_an_e_step_with_features_on_a_gpu(kmeans, image_folder, tmp_path):
     args = main_pcl.get_parser().parse_args(["DIR", "--kmeans", kmeans, "--num-cluster", "3,5", "--exp-dir", str(tmp_path)])

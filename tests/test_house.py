@@ -86,6 +86,7 @@ print(metrics.knn_accuracy(rows, torch.arange(40) % 2, rows, torch.arange(40) % 
 """
 
 
+@pytest.mark.slow
 def test_clustering_losses_and_metrics_need_torch_faiss_and_numpy_alone():
     command = [sys.executable, "-c", LIGHT]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -341,6 +341,7 @@ def test_the_center_view_is_the_middle_of_the_image():
     assert view[:, :, 0].unique().tolist() == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensors", [False, True])
 def test_the_center_of_a_thin_image_is_that_of_the_whole(tensors):
     def whole(size):
@@ -448,6 +449,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "told"), FAILURES.values(), ids=FAILURES)
 def test_what_a_worker_runs_out_of_is_one_line_with_its_remedy(how, told):
     with pytest.raises(RunError, match=told):

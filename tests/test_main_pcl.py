@@ -533,32 +533,36 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, finished, tmp_path, capsys, monkeypatch):
-    data, options, message = wrong
-    (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
-    shutil.copytree(image_folder / "train" / "a", tmp_path / "flat")
-    shutil.copytree(tmp_path / "flat", tmp_path / "broken")
-    (tmp_path / "broken" / "00.png").write_bytes(b"")
-    (tmp_path / "hollow" / "class").mkdir(parents=True)
-    places = {"images": image_folder, "run": finished}
-    places |= {name: tmp_path / name for name in ("empty", "flat", "broken", "hollow")}
-    places["damaged"] = tmp_path / "damaged"
-    places["damaged"].mkdir()
-    (places["damaged"] / "checkpoint_0001.pth.tar").write_bytes(b"PK half of a file")
-    places["checkpoint"] = finished / "checkpoint_0002.pth.tar"
-    places["copy"] = shutil.copy(places["checkpoint"], tmp_path / "checkpoint_0002.pth.tar")
-    places["older"] = tmp_path / "checkpoint_0000.pth.tar"
-    torch.save(load(places["checkpoint"]) | {"epoch": 1}, places["older"])
-    places |= {"nan": tmp_path / "nan.pth", "flipped": tmp_path / "flipped.pth"}
+@pytest.fixture(scope="module")
+def places(image_folder, finished, tmp_path_factory):
+    """What the names in WRONG stand for."""
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty" / "train" / "a").mkdir(parents=True)
+    shutil.copytree(image_folder / "train" / "a", root / "flat")
+    shutil.copytree(root / "flat", root / "broken")
+    (root / "broken" / "00.png").write_bytes(b"")
+    (root / "hollow" / "class").mkdir(parents=True)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "checkpoint_0001.pth.tar").write_bytes(b"PK half of a file")
+    places = {name: root / name for name in ("empty", "flat", "broken", "hollow", "damaged")}
+    places |= {"root": root, "images": image_folder, "run": finished, "checkpoint": finished / "checkpoint_0002.pth.tar"}
+    places |= {"nan": root / "nan.pth", "flipped": root / "flipped.pth", "older": root / "checkpoint_0000.pth.tar"}
+    places["copy"] = shutil.copy(places["checkpoint"], root / "checkpoint_0002.pth.tar")
     state = load(places["checkpoint"])
+    torch.save(state | {"epoch": 1}, places["older"])
     state["state_dict"]["module.encoder_q.conv1.0.weight"][0] = float("nan")
     torch.save(state, places["nan"])
     content = bytearray(places["checkpoint"].read_bytes())
     content[len(content) // 2] ^= 1
     places["flipped"].write_bytes(content)
+    return places
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, places, tmp_path, capsys, monkeypatch):
+    data, options, message = wrong
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
-    before = files_below(tmp_path), files_below(finished)
+    before = files_below(places["root"]), files_below(places["run"])
     with pytest.raises(SystemExit) as stop:
         run("--exp-dir", tmp_path / "new", data.format(**places), *options.format(**places).split())
     assert stop.value.code == 2
@@ -569,7 +573,8 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, image_folder, f
         assert out == ""
     assert err.count("\n") == 1
     assert message.format(**places) in err
-    assert (files_below(tmp_path), files_below(finished)) == before
+    assert (files_below(places["root"]), files_below(places["run"])) == before
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -636,6 +641,7 @@ class WatchedLoader:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", ["", "--augment-on device --amp bf16 --channels-last"])
 def test_a_training_step_never_waits_for_the_gpu(image_folder, tmp_path, monkeypatch, options):
@@ -647,6 +653,7 @@ def test_a_training_step_never_waits_for_the_gpu(image_folder, tmp_path, monkeyp
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_reduced_precision_gives_almost_the_same_losses(image_folder, tmp_path):
     losses = []

@@ -125,6 +125,7 @@ def python(text, *arguments):
     return [sys.executable, "-S", "-c", text, *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_all_is_worked_off_whatever_fails_and_nothing_twice(folders, capsys):
     write = "import os, sys; part = sys.argv[1] + '.part'; open(part, 'w').write(sys.argv[2]); os.replace(part, sys.argv[1])"
 

@@ -10,6 +10,7 @@ from pcl import samples
 from pcl.voc import VOCSplit
 
 
+@pytest.mark.slow
 def test_the_images_are_written_as_a_balanced_folder_and_as_collages(tmp_path, monkeypatch, capsys):
     root = tmp_path / "new folder"
     monkeypatch.setattr(sys, "argv", ["samples", str(root)])

@@ -186,6 +186,7 @@ def meeting(**options):
     return Namespace(**usual | {"dist_timeout": 2} | options)
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_a_node_that_stays_away_are_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
