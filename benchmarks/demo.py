@@ -50,7 +50,7 @@ def get_parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="images, checkpoints, logs and results")
     parser.add_argument("--image-size", type=positive, default=28, metavar="PIXELS",
                         help="side of a view; time grows with its square")
-    parser.add_argument("--epochs", type=positive, default=24, metavar="N", help="epochs of pre-training")
+    parser.add_argument("--epochs", type=positive, default=20, metavar="N", help="epochs of pre-training")
     # fmt: on
     return parser
 
