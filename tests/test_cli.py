@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -255,9 +257,10 @@ def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, m
 
 def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupted(path):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)  # it reaches the main thread
+        time.sleep(0.1)
 
-    write(tmp_path, "1.png", "2.png")
+    write(tmp_path, "1.png")
     images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
     monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     with pytest.raises(SystemExit) as stop:

@@ -7,16 +7,18 @@ from conftest import ROOT, run_script, write_voc_shaped
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
 import main_pcl
+import resnet8
 
 
 @pytest.mark.slow
 def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypatch, capfd):
     def in_this_process(command):
-        run_script(main_pcl, *command[2:])
+        run_script(main_pcl, *command[3:])
         polls = iter([None])  # it runs once more when its last E-step can be seen
         return Namespace(poll=lambda: next(polls, 0), returncode=0)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**resnet8._api.BUILTIN_MODELS})
     monkeypatch.setattr(demo.subprocess, "Popen", in_this_process)
     monkeypatch.setattr(demo, "write_voc", lambda data, root, cell: write_voc_shaped(root))  # not 1,500 collages
     options = ["-b", "8", "--pcl-r", "20", "--num-cluster", "3,5", "--warmup-epoch", "1", "-j", "0"]

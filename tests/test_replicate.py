@@ -18,7 +18,6 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import demo
 import oracle
 import replicate
 import replication_report
@@ -227,7 +226,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
         return [], []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.subprocess, "run", in_this_process)
+    monkeypatch.setattr(replicate.subprocess, "run", in_this_process)
     monkeypatch.setattr(replicate, "work_off", work_off)
     monkeypatch.setattr(replicate, "PROBES", {100: "--epochs 1 --schedule 1"})
     monkeypatch.setattr(replicate.eval_svm_voc, "SHOTS", (1, 2))
@@ -261,7 +260,7 @@ def test_the_quick_mode_runs_on_a_handful_of_images(six_classes, tmp_path, monke
 
     # The prototype term of weight 0 adds nothing to the gradient, and one of weight 1 something.
     folder, ratios = tmp_path / "work" / "runs" / "pcl-v2_seed0", []
-    command = [str(six_classes), "-a", demo.ARCH, *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
+    command = [str(six_classes), "-a", replicate.ARCH, *replicate.BASE.split(), *extra, "--warmup-epoch", "1", "--seed", "0"]
     monkeypatch.setattr(sys, "argv", ["main_pcl.py", *command, "--exp-dir", str(tmp_path / "again")])
     replicate.main_pcl.main()
     trained = tmp_path / "again" / "checkpoint_0001.pth.tar"
@@ -280,7 +279,7 @@ def test_the_oracle_takes_the_classes_for_clusters(six_classes, tmp_path, monkey
     monkeypatch.setattr(oracle.main_pcl, "cluster_all", oracle.main_pcl.cluster_all)  # put back at the end
     folder = tmp_path / "run"
     options = "-b 6 --epochs 2 --warmup-epoch 1 --pcl-r 12 --num-cluster 6 --mask-duplicates".split()  # noqa: SIM905
-    run_script(oracle, six_classes, "--exp-dir", folder, "-a", demo.ARCH, *replicate.BASE.split(), *options)
+    run_script(oracle, six_classes, "--exp-dir", folder, "-a", replicate.ARCH, *replicate.BASE.split(), *options)
     last = torch.load(folder / "e_step.pth.tar", weights_only=True)
     (found,) = last["granularities"]
     labels, features = torch.as_tensor(last["labels"]), torch.as_tensor(last["features"])
