@@ -1,6 +1,6 @@
 """Measure what this project does faster than the published code, both sides in one run on the same machine.
 
-    python benchmarks/bench.py [PART ..]       all parts by default; prints a table and writes benchmarks/results.md
+    python benchmarks/bench.py [PART ...]      all parts by default; prints a table and writes benchmarks/results.md
 
 The published side is a plain transcription, in other words, of what the published program does there.
 """

@@ -15,7 +15,7 @@ The protocol, fixed before PCL was first scored on the test set:
   settings are chosen. DIR/val is the test set: it is for the final scores alone.
 - Methods: MoCo, which is the warm-up for the whole run, and PCL, all else equal: same seeds, same order of images. PCL's
   loss has a second term and so a larger gradient: by the ratio of the mean gradient norms of PCL's loss and of InfoNCE alone
-  (at the end of the run that chose the warm-up), the learning rate of "moco-..-lr" is raised and that of "pcl-..-lr" lowered.
+  (at the end of the run that chose the warm-up), the learning rate of MoCo is raised in its runs "-lr", that of PCL lowered.
 - Choosing, by kNN, one seed: for MoCo v2 the learning rate, then r; PCL keeps them. For PCL v2 the granularities, then the
   warm-up. v1 takes the same. The first value of a grid within one standard error of the best, 0.7 points or less, is taken; a
   grid was extended where its best value stood at an end and had beaten the values before it by more. The learning rate of the

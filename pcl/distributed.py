@@ -1,4 +1,4 @@
-"""Launch, and what a process asks of its group: its rank, gathering, sharing jobs, seeds.
+"""What a process asks of its group: its rank, gathering, sharing jobs, seeds.
 
 Letters: W ranks, N images. Without a group everything answers for a single process.
 """
@@ -63,7 +63,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """(B, ..) of each rank -> (W * B, ..) in the order of the ranks, without gradient; B is the same on all."""
+    """(B, ...) of each rank -> (W * B, ...) in the order of the ranks, without gradient; B is the same on all."""
     if not dist.is_initialized():
         return tensor
     out = tensor.new_empty(get_world_size() * len(tensor), *tensor.shape[1:])
@@ -76,11 +76,11 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
     """Deal the rows of all ranks out anew: each is sent only to the rank that is to have it.
 
     Args:
-        rows: (B, ..) numbers rank * B to rank * B + B - 1 of all; B is the same on every rank.
+        rows: (B, ...) numbers rank * B to rank * B + B - 1 of all; B is the same on every rank.
         order: (W, B) int64 on the CPU, the same on every rank: the numbers of the rows that each is to have, each number once.
 
     Returns:
-        (B, ..) this rank's rows in their order. The host does not wait for a GPU, since it knows who sends what to whom.
+        (B, ...) this rank's rows in their order. The host does not wait for a GPU, since it knows who sends what to whom.
     """
     rank, world = get_rank(), get_world_size()
     if world == 1:
@@ -103,12 +103,12 @@ def talking_device() -> str:
 
 
 def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
-    """Rows rank, rank + W, rank + 2W, .. of each rank -> all (total, ..) rows in order."""
+    """Rows rank, rank + W, rank + 2W, ... of each rank -> all (total, ...) rows in order."""
     world = get_world_size()
     longest = -(-total // world)
     padded = tensor.new_zeros(longest, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
-    rows = gather(padded).view(world, longest, *tensor.shape[1:])  # (W, ceil(N / W), ..)
+    rows = gather(padded).view(world, longest, *tensor.shape[1:])  # (W, ceil(N / W), ...)
     return rows.transpose(0, 1).reshape(world * longest, *tensor.shape[1:])[:total]
 
 

@@ -12,10 +12,8 @@ class RunError(Exception):
     """What ends a run; the message is one line that names the remedy."""
 
 
-USER_ERRORS = (
-    RunError,
-    OSError,
-)  # what a user can mend, without a traceback: an OSError is a full disk, a folder that is gone ..
+# What a user can mend, told without a traceback: an OSError is a full disk or a folder that is gone, for example.
+USER_ERRORS = (RunError, OSError)
 
 
 def reason_of(error: BaseException) -> str:

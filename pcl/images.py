@@ -118,9 +118,7 @@ def read_tensor(path: str | Path) -> Tensor:
     with _opened(path) as image:
         # Only where both give the same bytes: torchvision turns no WebP upright, for example, and keeps 16 bits.
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            with suppress(
-                Exception
-            ):  # EXIF data without sense, or pixels that only Pillow reads: it may also say what is wrong
+            with suppress(Exception):  # EXIF data without sense, or pixels that only Pillow reads, which may say what is wrong
                 if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
                     return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
         return pil_to_tensor(_upright_rgb(image))

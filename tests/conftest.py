@@ -73,7 +73,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def six_classes(tmp_path_factory):
-    """DIR with train/ of 6 + 6 + .. + 7 images and val/ of 3 of each of six classes, each of its own brightness."""
+    """DIR with train/ of 6 + 6 + ... + 7 images and val/ of 3 of each of six classes, each of its own brightness."""
     root = tmp_path_factory.mktemp("six")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import plan_of, save_result
+from torch._inductor.exc import InvalidCxxCompiler
 
 from pcl import distributed
 from pcl.distributed import (
@@ -278,6 +279,7 @@ LOST = "another process did not answer"
         ),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7"), LOST),
         (torch.distributed.DistNetworkError("Connection reset"), LOST),
+        (InvalidCxxCompiler(), "--compile: No working C++ compiler found"),
     ],
 )
 def test_what_often_ends_a_run_is_one_line_with_its_remedy(error, told):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import assert_same
 from pretended_gpu import GPU, FakeStore, pinned, witnessed
 from torch import nn
 
@@ -153,3 +154,28 @@ def test_an_e_step_with_features_on_a_gpu(kmeans, image_folder, tmp_path):
             found = main_pcl.e_step(model, center, epoch, args, Plan(), record, look)
     assert {t.device for c in found for t in (c.im2cluster, c.prototypes, c.concentration)} == {GPU}
     augment.pixel_statistics.cache_clear()
+
+
+@pytest.mark.slow
+def test_compiled_encoders_are_one_graph_each_and_give_the_same_to_the_bit(monkeypatch):
+    options = "-a resnet18 --bn-splits 2 --low-dim 8 --pcl-r 16 --mlp"
+    args = main_pcl.get_parser().parse_args(["DIR", *options.split()])
+    compiled, compile_module, states = [], nn.Module.compile, []
+
+    def without_new_kernels(encoder, **options):  # those of "inductor" take minutes to make, and round otherwise
+        compiled.append(encoder)
+        compile_module(encoder, backend="aot_eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", without_new_kernels)
+    for args.compile in (False, True):
+        torch.manual_seed(0)
+        model = main_pcl.start_model(args, Plan())
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(2):
+            q, k, queue = model(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32))
+            optimizer.zero_grad()
+            ((q - k).square().sum() + (q @ queue).logsumexp(dim=1).sum()).backward()
+            optimizer.step()
+        states.append({**model.state_dict(), "features": model.eval()(torch.randn(3, 3, 32, 32))})
+    assert compiled == [model.encoder_q, model.encoder_k]
+    assert_same(*states)

@@ -24,10 +24,12 @@ def make_model(args: argparse.Namespace) -> MoCo:
 
 
 def start_model(args: argparse.Namespace, plan: Plan) -> MoCo:
-    """`make_model`, for a new run with the weights of --init."""
+    """`make_model`, for a new run with the weights of --init; its encoders are compiled if --compile asks for it."""
     model = make_model(args)
     if args.init and not plan.resume and not checkpoint.load_init(args.init, model, args.arch):
         log(f"note: --init {args.init}: its head does not fit --low-dim and --mlp; the head begins with random weights")
+    for encoder in (model.encoder_q, model.encoder_k) if args.compile else ():
+        encoder.compile(fullgraph=True)  # in place: names of weights, DistributedDataParallel and the rest do not notice
     return model
 
 

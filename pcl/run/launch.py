@@ -228,6 +228,8 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return RunError(f"out of memory: lower --batch-size or --image-size ({line})")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return RunError(f"--compile: {line}; leave it out, or install a C++ compiler where the CPU is the device")
     if OWN_FAULT_OF_NCCL.search(text):
         return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO tells more, and --dist-backend gloo does without it")
     return error

@@ -161,6 +161,8 @@ def add_speed(parser: Parser) -> None:
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
     group.add_argument("--amp", choices=["off", "bf16"], default="off", help="features in bfloat16: faster on new GPUs")
     group.add_argument("--channels-last", action="store_true", help="another layout of images and weights: faster with --amp")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile for the encoders: fewer kernels to launch, after minutes of compiling")
     group.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
                        help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
                        "sharded leaves features on their rank, for very many images")
