@@ -1,7 +1,7 @@
 # make demo   sets up .venv, pre-trains on real images, prints what was reached (DATA=DIR: on images of your own)
 # make test   sets up .venv, checks the code's form and runs the tests
 # make check  the same without the tests that run a script or several processes, to be run every few minutes
-# make bench  measures what is faster here than in the published code, into benchmarks/results.md
+# make bench  measures what is faster here than in the published code, into benchmarks/results.md (and results_gpu.md)
 # make replicate  compares PCL with MoCo on CIFAR-10 and Fashion-MNIST, in hours, into benchmarks/replication/
 #             (DATA=DIR: on images of your own, into replication/; QUICK=1: in minutes, to see that it works)
 
@@ -28,6 +28,7 @@ check: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py
+	.venv/bin/python benchmarks/gpu.py
 
 replicate: .venv/installed
 	@failed=0; \

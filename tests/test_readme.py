@@ -20,6 +20,7 @@ import bench
 
 import demo
 import faults
+import gpu
 import large
 import replicate
 import resnet8
@@ -92,6 +93,8 @@ def parse(name, words, monkeypatch):
     elif name in NO_OPTIONS:
         assert (ROOT / name).is_file()
         assert words == []
+    elif name == "benchmarks/gpu.py":
+        gpu.get_parser().parse_args(words)
     elif name == "benchmarks/oracle.py":
         main_pcl.get_parser().parse_args(words)
     elif name == "benchmarks/resnet8.py":
