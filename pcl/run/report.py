@@ -63,7 +63,7 @@ def advise(means: dict[str, float], args: Namespace, first: bool = True) -> None
         return
     waiting, cores = means["data_seconds"] / means["seconds"], available_cores()
     if waiting < 0.1:
-        remedy = "a faster or further GPU, or on new ones --amp bf16 --channels-last"
+        remedy = "a faster or further GPU" + ", or on new ones --amp bf16 --channels-last" * (args.amp == "off")
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
         return
     if args.workers < cores:
