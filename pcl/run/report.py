@@ -25,13 +25,9 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     """Say on what, with what and how long this run trains; `steps` of an epoch."""
     world, few = plan.place.world, "; fewer than 10 images in each: prototypes of so few say little"
     negatives = [min(args.pcl_r, k - 1) for k in args.num_cluster]
-    facts: dict[str, Any] = {
-        "processes": world,
-        "images": len(images),
-        "folders": len(images.classes),
-        "batch": plan.global_batch,
-    }
-    facts |= {"batch_of_a_process": plan.batch, "steps_of_an_epoch": steps, "seed": plan.seed, "first_epoch": plan.epoch}
+    facts: dict[str, Any] = {"processes": world, "images": len(images), "folders": len(images.classes)}
+    facts |= {"batch": plan.global_batch, "batch_of_a_process": plan.batch, "steps_of_an_epoch": steps}
+    facts |= {"seed": plan.seed, "first_epoch": plan.epoch}
     record.write(**facts, negatives_at_most=negatives)
     backend = f", connected by {'gloo' if device.type == 'cpu' else args.dist_backend}" if world > 1 else ""
     log(f"machine: {describe_machine()}{backend}")
