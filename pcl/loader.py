@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import uuid
 import zlib
 from collections import Counter
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -47,6 +49,7 @@ from pcl.images import (  # noqa: F401
 )
 from pcl.terminal import shielded
 
+LET_GO = 0.1  # seconds that gloo's threads have for what they do in microseconds
 FEWER = "fewer loader processes, or none (-j 0; of eval_svm_voc.py: --num-workers 0)"
 REMEDIES = {  # by the words of an error in loading, which may be a worker's
     "shared memory|No space left|Bus error": (
@@ -248,6 +251,9 @@ class _Loader(DataLoader):
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
         util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
+        # gloo's threads are about to drop the tensors of the last collective, which takes a lock inside Python. Up to 3.11,
+        # a worker that is forked in that moment waits for the lock for ever.
+        time.sleep(LET_GO if dist.is_initialized() else 0)
         try:
             with shielded():
                 return super().__iter__()

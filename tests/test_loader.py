@@ -4,8 +4,10 @@ import gc
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,6 +410,27 @@ def test_a_worker_leaves_the_garbage_of_its_process_alone(tmp_path):
     finally:
         gc.enable()
     assert not list(tmp_path.iterdir())
+
+
+class Shows:
+    """Whether a thread of the process had done its work before this worker was forked."""
+
+    def __init__(self):
+        self.done = []
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, number):
+        return len(self.done)
+
+
+def test_in_a_group_a_worker_is_forked_once_other_threads_have_let_go(monkeypatch):
+    monkeypatch.setattr("pcl.loader.dist", SimpleNamespace(is_initialized=lambda: True))
+    shows = Shows()
+    batches = make_loader(shows, range(1), 1, workers=1)
+    threading.Timer(0.04, shows.done.append, [True]).start()
+    assert next(iter(batches)).tolist() == [1]
 
 
 class Fails:
