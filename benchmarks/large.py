@@ -168,8 +168,8 @@ def train(run: Run, epochs: int, args: argparse.Namespace) -> None:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Score the baselines and each checkpoint, unless that is done."""
-    runs = queue(replace(PLAN, rows=((BASELINES, range(1)),)), {}) + trained_runs(args)
+    """Score each checkpoint and the baselines, unless that is done."""
+    runs = trained_runs(args) + queue(replace(PLAN, rows=((BASELINES, range(1)),)), {})
     for run in runs:
         if run.method in BASELINES:
             (args.work / "runs" / run.name).mkdir(parents=True, exist_ok=True)
