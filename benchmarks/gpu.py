@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import random_clustering
 from pcl.augment import normalize
 from pcl.builder import MoCo
 from pcl.clustering import Clustering, cluster_all
@@ -135,14 +136,11 @@ def measure(epoch: Callable[..., float], options: str, args: argparse.Namespace,
     """Time of a step, images/s, kernel launches and waits of one, GB of memory, as cells of a table."""
     given = settings(args, options)
     torch.manual_seed(0)
-    model = main_pcl.start_model(given, Plan()).to(device)
-    model = model.to(memory_format=torch.channels_last if given.channels_last else torch.contiguous_format)
+    memory_format = torch.channels_last if given.channels_last else torch.contiguous_format
+    model = main_pcl.start_model(given, Plan()).to(device, memory_format=memory_format)
     view = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
     batch = (view, view.flip(3)), torch.arange(args.batch_size) % args.images
-    clusterings = []
-    for k in args.num_cluster:
-        prototypes = F.normalize(torch.randn(k, given.low_dim), dim=1)
-        clusterings.append(Clustering(torch.arange(args.images) % k, prototypes, torch.rand(k) + 0.1).to(device))
+    clusterings = [random_clustering(args.images, k).to(device) for k in args.num_cluster]
     start, profiler = [0.0], torch.profiler.profile()
 
     def begin(number: int) -> None:

@@ -17,7 +17,6 @@ from pcl import export, features, figures, samples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
-
 import demo
 import faults
 import gpu
