@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pcl import checkpoint, plots
 from pcl.errors import USER_ERRORS, RunError, reason_of
@@ -27,6 +27,7 @@ from pcl.plots import COLORS, GRAY, MARKERS, Epochs, Figure, plain, training_cur
 from pcl.terminal import leave_on_signals, printable, tell
 
 ROWS, COLUMNS = 12, 10  # of the picture of the prototypes
+SIDE = 96  # of its images, in pixels
 DPI = 150
 
 
@@ -147,30 +148,36 @@ def nearest_images(granularity: dict[str, Any], last: dict[str, Any], images: In
         f"the images of the cluster that lie nearest to the prototype, nearest first"
         + (f" (of {len(seen):,} of {len(im2cluster):,} images)" if len(seen) < len(im2cluster) else "")
     )
-    for places, prototype in zip(figure.subplots(len(rows), COLUMNS, squeeze=False), rows, strict=True):
+    # A single image of all: axes for each would take seconds to draw.
+    step, texts = SIDE + 4, []
+    canvas = Image.new("RGB", (COLUMNS * step, len(rows) * step), "white")
+    for row, prototype in enumerate(rows):
         near = np.flatnonzero(im2cluster[seen] == prototype)
         near = seen[near[np.argsort(-granularity["cosine"].numpy()[near], kind="stable")]]
-        for axes in places:
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        for axes, image in zip(places, near, strict=False):
-            axes.imshow(thumbnail(images.path(int(image))), interpolation="nearest")
+        for column, image in enumerate(near[:COLUMNS]):
+            canvas.paste(tile(images.path(int(image))), (column * step, row * step))
         count = int(size[prototype])
         text = f"$\\phi$ = {phi[prototype]:.3f}\n{count} image{'s' * (count != 1)}"
         if len(last["classes"]) > 1:
             labels = np.bincount(last["labels"].numpy()[im2cluster == prototype])
             text += f"\n{100 * labels.max() / count:.0f} % {plain(last['classes'][labels.argmax()])}"
-        places[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+        texts.append(text)
+    axes = figure.subplots()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set(xticks=[], frame_on=False)
+    axes.set_yticks(step * np.arange(len(rows)) + SIDE / 2, texts, fontsize=9)
+    axes.tick_params(length=0)
     return figure
 
 
-def thumbnail(path: str, side: int = 96) -> Image.Image:
-    """The image with its longer side at most `side` pixels; a gray square if it cannot be read."""
+def tile(path: str) -> Image.Image:
+    """The image in the middle of a white square of `SIDE` pixels; a gray square if it cannot be read."""
     try:
         image = read_image(path)
     except UnreadableImageError:
-        return Image.new("RGB", (side, side), GRAY)
-    image.thumbnail((side, side))
-    return image
+        return Image.new("RGB", (SIDE, SIDE), GRAY)
+    image.thumbnail((SIDE, SIDE))
+    return ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.NEAREST, color="white")
 
 
 def tsne(last: dict[str, Any]) -> Figure:

@@ -82,20 +82,24 @@ def test_an_e_step_that_was_kept_before_it_held_names_is_drawn(six_classes, tmp_
     assert {"tsne.png", "concentration.png", "prototypes_3.png"} <= {path.name for path in figures.draw(exp_dir)}
 
 
-def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path, monkeypatch):
+def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path):
     images = IndexedFolder(six_classes / "train", None)
     exp_dir = run_folder(tmp_path / "run", images, [5])
     last = figures.checkpoint.load(exp_dir / "e_step.pth.tar")
-    shown, opened = [], figures.thumbnail
-    monkeypatch.setattr(figures, "thumbnail", lambda path: shown.append(path) or opened(path))
     (granularity,) = last["granularities"]
-    figures.nearest_images(granularity, last, images)
-    expected = []
+    (axes,) = figures.nearest_images(granularity, last, images).axes
+    shown, row = axes.images[0].get_array(), 0
     for prototype in granularity["concentration"].argsort(stable=True):
         members = [i for i in range(len(images)) if granularity["im2cluster"][i] == prototype]
         if len(members) > 1:
-            expected += sorted(members, key=lambda i: -granularity["cosine"][i])[:10]
-    assert shown == [images.path(i) for i in expected]
+            members = sorted(members, key=lambda i: -granularity["cosine"][i])[:10]
+            for column, i in enumerate(members):
+                tile = np.asarray(Image.open(images.path(i)).resize((96, 96), Image.Resampling.NEAREST))
+                np.testing.assert_array_equal(shown[100 * row : 100 * row + 96, 100 * column : 100 * column + 96], tile)
+            assert (shown[100 * row : 100 * row + 100, 100 * len(members) :] == 255).all()
+            row += 1
+    assert len(shown) == 100 * row
+    assert len(axes.get_yticklabels()) == row
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -123,9 +127,12 @@ def test_odd_names_and_many_classes_are_shown_as_they_are(tmp_path):
     assert "z? no UTF-8" in legend
 
 
-def test_a_thin_image_has_a_thumbnail(tmp_path):
+def test_a_thin_image_is_a_line_in_its_tile(tmp_path):
     Image.new("RGB", (20000, 1)).save(tmp_path / "a.png")
-    assert figures.thumbnail(tmp_path / "a.png").size == (96, 1)
+    tile = np.asarray(figures.tile(tmp_path / "a.png"))
+    assert tile.shape == (96, 96, 3)
+    assert (tile == 0).all(axis=(1, 2)).sum() == 1
+    assert (tile == 255).all(axis=(1, 2)).sum() == 95
 
 
 def test_images_that_have_gone_leave_the_other_pictures(six_classes, tmp_path, capsys):
