@@ -18,13 +18,13 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -n 2 --dist loadscope
+	.venv/bin/python -m pytest -n 3 --dist worksteal
 
 check: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q -n 2 --dist loadscope -m "not slow and not dist"
+	.venv/bin/python -m pytest -q -n 3 --dist worksteal -m "not slow and not dist"
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py

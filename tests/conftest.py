@@ -9,10 +9,12 @@ from pcl.run.rendezvous import place_of
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
 os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # before TensorBoard's reader imports it, for the logger
 
+import multiprocessing
 import socket
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,37 @@ def _on_the_cpu(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork_from_server)
     with CpuForGpu() if request.node.get_closest_marker("gpu") else nullcontext():
         yield
+
+
+def fork_server():
+    """The context of processes that need not import torch, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main_pcl", "eval_cls_imagenet", "pytest"])
+    return context
+
+
+def fork_from_server(function, arguments, nprocs, join):
+    """Stands for `torch.multiprocessing.spawn`."""
+    fork_server()
+    start = torch.multiprocessing.start_processes
+    return start(run_forked, (Streams(), function, arguments), nprocs, join, start_method="forkserver")
+
+
+def run_forked(local_rank, streams, function, arguments):
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream.detach(), number)
+    worker, args, plan, _, start_method = arguments
+    function(local_rank, worker, args, plan, os.getppid(), start_method)  # its parent is the server, not the launcher
+
+
+class Streams:
+    """Where this process prints; a forked one would print where the server did at its start."""
+
+    def __reduce__(self):
+        return list, ([DupFd(1), DupFd(2)],)
 
 
 class CpuForGpu(TorchFunctionMode):

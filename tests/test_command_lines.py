@@ -404,7 +404,6 @@ def end_of(module, line):
         warnings.simplefilter("always")
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *line])
         patch.setattr("pcl.run.launch.launch", started)
-        patch.setattr("pcl.run.launch.launch", started)
         patch.setattr(eval_svm_voc, "features_of", started)
         for place, name in ((subprocess, "Popen"), (os, "fork"), (os, "posix_spawn"), (socket, "socket")):
             patch.setattr(place, name, forbidden)
