@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,34 @@ def check(splits: dict[str, IndexedFolder], num_clusters: Sequence[int], logisti
         raise RunError(f"--logistic: class {lone} has one training image, and cross-validation needs two; add one")
 
 
-def claim(folder: Path) -> None:
-    """Make the folder of the results; RunError if it cannot be written to, or holds files of another origin."""
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the folder of the results and keep other runs out of it.
+
+    Raises:
+        RunError: it cannot be written to, another run is writing into it, or it holds files of another origin.
+    """
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise RunError(f"--out {folder}: no folder, or not to be written to; name another")
     folder.mkdir(parents=True, exist_ok=True)
-    names, earlier = sorted(os.listdir(folder)), ""
-    with suppress(OSError):
-        earlier = (folder / RESULTS).read_text(errors="replace")
-    if others := [name for name in names if not (earlier.startswith(MARK) and re.fullmatch(WRITTEN, name))]:
-        raise RunError(f"--out {folder} holds other files ({', '.join(others[:3])}); name another folder")
-    if names:
-        tell(f"note: the earlier results in {folder} will be replaced")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"--out {folder}: another run is writing into it; name another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        names, earlier = sorted(os.listdir(folder)), ""
+        with suppress(OSError):
+            earlier = (folder / RESULTS).read_text(errors="replace")
+        if others := [name for name in names if not (earlier.startswith(MARK) and re.fullmatch(WRITTEN, name))]:
+            raise RunError(f"--out {folder} holds other files ({', '.join(others[:3])}); name another folder")
+        if names:
+            tell(f"note: the earlier results in {folder} will be replaced")
+        yield
+    finally:
+        os.close(lock)
 
 
 def _write(path: Path, content: str | np.ndarray) -> None:

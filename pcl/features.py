@@ -169,19 +169,25 @@ def main() -> None:
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
         check(splits, args.num_cluster, args.logistic)
-        claim(args.out)
-        code = 1
-        features = {}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for name, images in splits.items():
-            loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
-            batches = tqdm(loader, name, leave=False, disable=None)
-            features[name] = extract_features(network.to(device), batches, len(images), device)
-        if args.momentum:
-            features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
-        kind = "momentum" if args.momentum else "backbone"
-        made = {"checkpoint": str(args.checkpoint), "arch": arch, "features": kind, "image_size": size, "data": str(args.data)}
-        evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
+        with claim(args.out):
+            code = 1
+            features = {}
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            for name, images in splits.items():
+                loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
+                batches = tqdm(loader, name, leave=False, disable=None)
+                features[name] = extract_features(network.to(device), batches, len(images), device)
+            if args.momentum:
+                features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
+            kind = "momentum" if args.momentum else "backbone"
+            made = {
+                "checkpoint": str(args.checkpoint),
+                "arch": arch,
+                "features": kind,
+                "image_size": size,
+                "data": str(args.data),
+            }
+            evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
     except (*USER_ERRORS, MemoryError, torch.OutOfMemoryError) as error:
         remedy = "" if isinstance(error, USER_ERRORS) else "; lower --batch-size or --image-size"
         reason = reason_of(error).partition(", or leave such files out")[0] + remedy  # with an option of pre-training

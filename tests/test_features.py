@@ -211,6 +211,13 @@ def test_earlier_results_are_replaced_with_a_word_and_other_files_never(whole, p
     assert "name another" in error_of(capsys, pretrained, six_classes, "--out", pretrained, *SMALL)
 
 
+def test_two_runs_into_one_folder_exclude_each_other(pretrained, six_classes, tmp_path, capsys):
+    with evaluation.claim(tmp_path / "out"):
+        told = error_of(capsys, pretrained, six_classes, "--out", tmp_path / "out", *SMALL)
+    assert told.endswith(f"--out {tmp_path / 'out'}: another run is writing into it; name another folder")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
