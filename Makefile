@@ -18,13 +18,13 @@ test: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -n 3 --dist worksteal
+	.venv/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 check: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q -n 3 --dist worksteal -m "not slow and not dist"
+	.venv/bin/python -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m "not slow and not dist"
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py

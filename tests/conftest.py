@@ -33,6 +33,12 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))  # the scripts
 
 
+def pytest_collection_modifyitems(items):
+    """The modules that take longest come first, or a process would be alone with one of them at the end."""
+    longest = ["test_watch", "test_main_pcl", "test_command_lines", "test_eval_cls_imagenet"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request, monkeypatch):
     """Only tests marked gpu see one, so that the others ask the same of every machine; without one they run on the CPU."""

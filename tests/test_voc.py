@@ -18,7 +18,7 @@ from pcl.voc import VOCError, VOCSplit, draw_low_shot
 
 @pytest.fixture
 def root(tmp_path):
-    return write_voc_shaped(tmp_path / "data")
+    return write_voc_shaped(tmp_path / "a" / "b" / "data")  # three folders up, where a search ends, nothing of others lies
 
 
 def lists(root):
