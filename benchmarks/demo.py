@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from pcl.augment import center_view
 from pcl.checkpoint import LAST_E_STEP, load, load_backbone
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
+from pcl.errors import INTERRUPTED
 from pcl.features import extract_features
 from pcl.figures import DPI, draw, nearest_images
 from pcl.loader import IndexedFolder, make_loader
@@ -109,14 +111,18 @@ def pretrain(run: Path, images: IndexedFolder, *arguments: Any) -> None:
     """Run main_pcl.py, and draw the prototypes as soon as there are any; end with its exit code if it fails."""
     picture = run / "figures/first_prototypes.png"
     process = subprocess.Popen(shown("main_pcl.py", *arguments, "--exp-dir", run))
-    while process.poll() is None:
-        if not picture.exists() and (run / LAST_E_STEP).exists():
-            last = load(run / LAST_E_STEP)
-            for granularity in last["granularities"][:1]:
-                picture.parent.mkdir(exist_ok=True)
-                nearest_images(granularity, last, images.with_transform(lambda image: image)).savefig(picture, dpi=DPI)
-                print(f"\nimages nearest to the first prototypes: {picture}", flush=True)
-        time.sleep(1)
+    try:
+        while process.poll() is None:
+            if not picture.exists() and (run / LAST_E_STEP).exists():
+                last = load(run / LAST_E_STEP)
+                for granularity in last["granularities"][:1]:
+                    picture.parent.mkdir(exist_ok=True)
+                    nearest_images(granularity, last, images.with_transform(lambda image: image)).savefig(picture, dpi=DPI)
+                    print(f"\nimages nearest to the first prototypes: {picture}", flush=True)
+            time.sleep(1)
+    finally:
+        process.terminate()  # unless it has ended
+        process.wait()
     if process.returncode != 0:
         sys.exit(process.returncode)
 
@@ -172,4 +178,9 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,3 +1,5 @@
+import signal
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -15,7 +17,7 @@ def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypat
     def in_this_process(command):
         run_script(main_pcl, *command[3:])
         polls = iter([None])  # it runs once more when its last E-step can be seen
-        return Namespace(poll=lambda: next(polls, 0), returncode=0)
+        return Namespace(poll=lambda: next(polls, 0), returncode=0, terminate=lambda: None, wait=lambda: None)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**resnet8._api.BUILTIN_MODELS})
@@ -42,3 +44,16 @@ def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypat
     for row, name in zip(rows, ("raw pixels", "random backbone", "PCL backbone"), strict=True):
         assert row.startswith(name)
         assert len(row.split()) == 2 + 10
+
+
+def test_a_demo_that_is_stopped_ends_its_training(tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    started, popen = [], subprocess.Popen
+    endless = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda _: started.append(popen(endless)) or started[0])
+    monkeypatch.setattr(demo.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo.pretrain(tmp_path, None)
+    assert started[0].returncode == -signal.SIGTERM
