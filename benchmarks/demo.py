@@ -26,7 +26,6 @@ from pcl.augment import center_view
 from pcl.checkpoint import LAST_E_STEP, load, load_backbone
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
-from pcl.errors import INTERRUPTED
 from pcl.features import extract_features
 from pcl.figures import DPI, draw, nearest_images
 from pcl.loader import IndexedFolder, make_loader
@@ -36,6 +35,7 @@ from pcl.run.inputs import open_folder
 from pcl.run.logs import track
 from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder, write_voc
+from pcl.terminal import leave_on_signals
 from resnet8 import RESNET8, register
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,9 +178,6 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
-    try:
+    with leave_on_signals():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
         main()
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)

@@ -63,14 +63,21 @@ def start(images: Path, exp_dir: Path) -> Any:
 
 
 def run(images: Path, exp_dir: Path) -> None:
-    """`python main_pcl.py`, as leader of its processes."""
-    os.setsid()
-    with exp_dir.with_suffix(".out").open("a") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+    """`python main_pcl.py`, with temporary files of its own."""
     os.environ["TMPDIR"] = str(images.parent / "tmp")
-    sys.argv = [str(ROOT / "main_pcl.py"), str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    command = [str(ROOT / "main_pcl.py"), str(images), *SETTINGS.split(), "--exp-dir", str(exp_dir)]
+    lead(command, exp_dir.with_suffix(".out"))
+
+
+def lead(command: list[str], out: Path) -> None:
+    """Run a script in this process, as leader of those that it starts; what they print goes into a file."""
+    os.setsid()
+    with out.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the run
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def processes_of(session: int) -> list[int]:
