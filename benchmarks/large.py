@@ -39,7 +39,7 @@ from pcl.figures import DPI
 from pcl.plots import COLORS, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.run.options import Parser, positive
+from pcl.run.options import Parser
 from replicate import (
     BASELINES,
     MAIN,
@@ -72,7 +72,7 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="images of your own, in train/<class>/ and val/<class>/")
     parser.add_argument("--dataset", choices=["cifar10", "fashion"], default="cifar10", help="what is fetched without --data")
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="runs of each method, one after the other")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="a run of each method for each of these")
     parser.add_argument("--work", type=Path, metavar="DIR", help="images, checkpoints and logs; by default below replication/")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a JSON file for each checkpoint, table and figures; "
                         "by default below benchmarks/replication, with --data WORK/results")
@@ -108,7 +108,7 @@ def main() -> int:
 
 def trained_runs(args: argparse.Namespace) -> list[Run]:
     """MoCo and PCL with each seed."""
-    return queue(replace(PLAN, rows=((METHODS, range(args.seeds)),)), {})
+    return queue(replace(PLAN, rows=((METHODS, args.seeds),)), {})
 
 
 def settings_of(run: Run, args: argparse.Namespace) -> argparse.Namespace:
@@ -127,7 +127,7 @@ def train_all(args: argparse.Namespace) -> int:
     runs = trained_runs(args)
     settings = settings_of(runs[-1], args)  # of PCL
     stops = [*range(settings.save_freq, settings.epochs, settings.save_freq), settings.epochs]
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         moco, pcl = (run for run in runs if run.seed == seed)
         for epochs in stops:
             train(moco, epochs, args)

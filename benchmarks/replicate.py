@@ -159,7 +159,7 @@ class Plan:
     start: dict[str, Any] | None = None  # settings, where none are chosen
     options: str = ""  # of main_pcl.py
     probe: bool = True
-    rows: Sequence[tuple[Sequence[str], range]] = (((*BASELINES, *MAIN[0]), range(1)),)  # methods and their seeds, in order
+    rows: Sequence[tuple[Sequence[str], Sequence[int]]] = (((*BASELINES, *MAIN[0]), range(1)),)  # methods, their seeds
     arch: str = ARCH
 
 

@@ -24,7 +24,7 @@ def registry(monkeypatch):
 
 
 def test_the_settings_are_those_of_the_readme():
-    moco, pcl = (large.settings_of(run, Namespace(data="DIR", extra=[])) for run in large.trained_runs(Namespace(seeds=1)))
+    moco, pcl = (large.settings_of(run, Namespace(data="DIR", extra=[])) for run in large.trained_runs(Namespace(seeds=[0])))
     row = f"| {','.join(map(str, pcl.num_cluster))} | {pcl.pcl_r} | {pcl.batch_size} | {pcl.lr} | {pcl.moco_m} |"
     assert f"| 50,000 {row}" in (ROOT / "README.md").read_text()
     assert (moco.warmup_epoch, pcl.warmup_epoch, moco.epochs, pcl.epochs) == (100, 10, 100, 100)
@@ -35,7 +35,7 @@ def test_the_settings_are_those_of_the_readme():
 
 
 def test_the_methods_take_turns_and_share_their_warm_up(tmp_path, monkeypatch):
-    args, turns = Namespace(work=tmp_path, data="DIR", seeds=2, extra="--epochs 45 --warmup-epoch 20".split()), []  # noqa: SIM905
+    args, turns = Namespace(work=tmp_path, data="DIR", seeds=[0, 1], extra="--epochs 45 --warmup-epoch 20".split()), []  # noqa: SIM905
 
     def train(run, epochs, args):
         turns.append((run.name, epochs))
@@ -52,7 +52,7 @@ def test_the_methods_take_turns_and_share_their_warm_up(tmp_path, monkeypatch):
 
 
 def test_training_stops_where_its_turn_ends(tmp_path, monkeypatch):
-    run = large.trained_runs(Namespace(seeds=1))[0]
+    run = large.trained_runs(Namespace(seeds=[0]))[0]
     args, popen, started = Namespace(work=tmp_path, data="DIR", extra=[]), subprocess.Popen, []
     goal = large.checkpoint_of(run, 10, args)
     goal.parent.mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_a_failed_run_ends_it_with_its_exit_code(tmp_path, monkeypatch):
         large.subprocess, "Popen", lambda command, **o: popen([sys.executable, "-S", "-c", "raise SystemExit(3)"], **o)
     )
     with pytest.raises(SystemExit) as failed:
-        large.train(large.trained_runs(Namespace(seeds=1))[0], 10, Namespace(work=tmp_path, data="DIR", extra=[]))
+        large.train(large.trained_runs(Namespace(seeds=[0]))[0], 10, Namespace(work=tmp_path, data="DIR", extra=[]))
     assert failed.value.code == 3
 
 
