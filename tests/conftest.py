@@ -58,7 +58,7 @@ def _on_the_cpu(request, monkeypatch):
 def fork_server():
     """The context of processes that need not import torch, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main_pcl", "eval_cls_imagenet", "pytest"])
+    context.set_forkserver_preload(["main_pcl", "eval_cls_imagenet", "pytest", "pcl.figures", "sklearn.manifold"])
     return context
 
 
