@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcl import checkpoint
+from pcl import checkpoint, cli
 from pcl.augment import center_view, crop_view, normalize
 from pcl.distributed import broadcast, get_rank, is_main, seed_everything, wait_for_all
 from pcl.errors import RunError
@@ -43,22 +43,22 @@ from pcl.run.probe_checks import check, labelled_images, names_in
 from pcl.terminal import leave_on_signals
 
 
-def get_parser() -> options.Parser:
+def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
-    parser = options.Parser(__doc__)
-    parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds train/<class>/ and val/<class>/")
     options.add_backbone(parser)
     options.add_training(parser, epochs=100, batch_size=256, lr="5", schedule=[60, 80], wd=0.0, print_freq=10,
-                         lr_type=options.several(options.positive_float),
+                         lr_type=cli.several(cli.positive_float),
                          lr_help="first learning rate of the classifier; 0.3,1,5 trains one with each on the same features")
     options.add_launch(parser)
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
-    probe.add_argument("--gamma", type=options.fraction, default=0.1, metavar="G", help="what --schedule multiplies by")
-    probe.add_argument("--percent", type=options.percentage, default=100.0, metavar="P",
+    probe.add_argument("--gamma", type=cli.fraction, default=0.1, metavar="G", help="what --schedule multiplies by")
+    probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
-    probe.add_argument("--subset", type=options.path, metavar="FILE",
+    probe.add_argument("--subset", type=cli.path, metavar="FILE",
                        help="train on the images that a text file names, one in a line, such as n01440764_10026.JPEG")
     probe.add_argument("--id", type=folder_name, default="linear", metavar="NAME",
                        help=f"checkpoints and log go to {RESULTS}/NAME, TensorBoard's files to {RESULTS}/NAME_tensorboard")
@@ -66,7 +66,7 @@ def get_parser() -> options.Parser:
     finetune.add_argument("--finetune", action="store_true",
                           help="train the backbone too; the defaults become --epochs 20 --schedule 12 16 --gamma 0.2 --wd 5e-4 "
                           "--lr-backbone 0.01, and --lr 1 with at most 1 %% of the labels, else 0.1")
-    finetune.add_argument("--lr-backbone", type=options.positive_float, metavar="LR", help="first rate of the backbone")
+    finetune.add_argument("--lr-backbone", type=cli.positive_float, metavar="LR", help="first rate of the backbone")
     options.add_output(parser)
     # fmt: on
     return parser
@@ -74,7 +74,7 @@ def get_parser() -> options.Parser:
 
 def folder_name(text: str) -> str:
     """A name below `RESULTS`, in which it stays."""
-    options.reachable(text and str(RESULTS / f"{text}_tensorboard"))
+    cli.reachable(text and str(RESULTS / f"{text}_tensorboard"))
     if Path(text).is_absolute() or not Path(text).parts or ".." in Path(text).parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder in {RESULTS}")
     return text
@@ -90,7 +90,7 @@ def main() -> None:
     launch.launch_or_exit(parser, probe, args, plan)
 
 
-def parse(parser: options.Parser) -> argparse.Namespace:
+def parse(parser: cli.Parser) -> argparse.Namespace:
     """Parse the command line; with --finetune, the paper's settings take the place of the linear probe's defaults."""
     args = parser.parse_args()
     if args.finetune:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from pcl import checkpoint, svm, voc
+from pcl import checkpoint, cli, svm, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
 from pcl.errors import USER_ERRORS, reason_of
@@ -40,26 +40,26 @@ SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
 
 
-def get_parser() -> options.Parser:
+def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
-    parser = options.Parser(__doc__)
-    parser.add_argument("data", type=options.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, unless it is there")
     parser.add_argument("--folder", action="store_true",
                         help="DIR holds train/<class>/ and val/<class>/ instead, one label for each image: accuracy")
     options.add_backbone(parser)
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
-    parser.add_argument("--cost", type=options.several(options.positive_float), default="0.5", metavar="C,C,...",
+    parser.add_argument("--cost", type=cli.several(cli.positive_float), default="0.5", metavar="C,C,...",
                         help="cost of the SVMs; of several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=options.seed, default=0, metavar="N",
+    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N",
                         help="of the draws, the SVMs and a random network")
-    parser.add_argument("--batch-size", type=options.integer(1, options.LARGEST_BATCH), default=128, metavar="N",
+    parser.add_argument("--batch-size", type=cli.batch, default=128, metavar="N",
                         help="images passed through at once")
-    parser.add_argument("--num-workers", type=options.integer(0, options.MOST_PROCESSES), default=8, metavar="N",
+    parser.add_argument("--num-workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
     options.add_output(parser)
     # fmt: on
@@ -77,7 +77,7 @@ def main() -> None:
         parser.fail(1, reason_of(error))
 
 
-def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
+def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
     """The network, what it is, training and test images; stops on what cannot work, before anything is computed or written."""
     if args.folder and (args.download or args.ignore_difficult):
         parser.error("--folder: --download and --ignore-difficult are for VOC2007; leave them out")
@@ -100,7 +100,7 @@ def open_all(parser: options.Parser, args: argparse.Namespace) -> tuple[nn.Modul
     return network, source, train, test
 
 
-def open_splits(parser: options.Parser, args: argparse.Namespace) -> list[Any]:
+def open_splits(parser: cli.Parser, args: argparse.Namespace) -> list[Any]:
     """Training and test images; VOC2007 is fetched first if it is not there and --download is given."""
     view = center_view(args.image_size)
     if args.folder:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcl import checkpoint, networks
+from pcl import checkpoint, cli, networks
 from pcl.builder import MoCo
 from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import gather_interleaved, get_rank, is_main, seed_everything, shared_map, wait_for_all
@@ -38,34 +38,34 @@ from pcl.sharded import cluster_all_sharded
 from pcl.terminal import leave_on_signals
 
 
-def get_parser() -> options.Parser:
+def get_parser() -> cli.Parser:
     """The command line: the options of the paper; those that several scripts share, or that are not the paper's, are added."""
     # fmt: off
-    parser = options.Parser(__doc__)
-    parser.add_argument("data", type=options.path, metavar="DIR",
+    parser = cli.Parser(__doc__)
+    parser.add_argument("data", type=cli.path, metavar="DIR",
                         help="the folder that holds train/<class>/*.jpg, or <class>/*.jpg, or images alone")
     options.add_training(parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160], wd=1e-4, print_freq=100)
     model = parser.add_argument_group("model and loss")
     model.add_argument("-a", "--arch", default="resnet50", metavar="NAME", choices=networks.architectures(),
                        help="a torchvision classifier with an fc head, such as resnet18, resnet50 or wide_resnet50_2")
-    model.add_argument("--init", type=options.reachable, metavar="FILE",
+    model.add_argument("--init", type=cli.reachable, metavar="FILE",
                        help="begin with the encoder of a checkpoint of PCL or MoCo, or of a torchvision state dict")
-    model.add_argument("--low-dim", type=options.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
-    model.add_argument("--pcl-r", type=options.positive, default=16384, metavar="R",
+    model.add_argument("--low-dim", type=cli.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
+    model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
-    model.add_argument("--moco-m", type=options.fraction, default=0.999, metavar="M",
+    model.add_argument("--moco-m", type=cli.fraction, default=0.999, metavar="M",
                        help="momentum of the key encoder; short runs need a smaller one, such as 0.99")
-    model.add_argument("--temperature", type=options.positive_float, default=0.2, metavar="T",
+    model.add_argument("--temperature", type=cli.positive_float, default=0.2, metavar="T",
                        help="of InfoNCE, and the mean concentration of the prototypes")
     model.add_argument("--mlp", action="store_true", help="a hidden layer in the head (v2)")
     model.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation (v2)")
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
-    model.add_argument("--image-size", type=options.integer(1, options.LARGEST_SIDE), default=224, metavar="PIXELS",
+    model.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
     em = parser.add_argument_group("expectation-maximisation")
-    em.add_argument("--num-cluster", type=options.integers, default="25000,50000,100000", metavar="K,K,...",
+    em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,...",
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
-    em.add_argument("--warmup-epoch", type=options.natural, default=20, metavar="N",
+    em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
     # fmt: on
     options.add_speed(parser)
@@ -85,7 +85,7 @@ def main() -> None:
     launch.launch_or_exit(parser, train, args, plan)
 
 
-def check(parser: options.Parser, args: argparse.Namespace) -> Plan:
+def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:
     """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
     plan = preflight.check_launch(parser, args)
     images = inputs.open_folder(parser, args.data, "train", labelled=False)

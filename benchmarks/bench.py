@@ -37,6 +37,7 @@ from torchvision import transforms
 
 from pcl.augment import MEAN, STD, DeferredView, TwoViews, apply_deferred, center_view, random_view
 from pcl.builder import MoCo
+from pcl.cli import Parser
 from pcl.clustering import ITERATIONS, RESTARTS, Clustering, concentration, kmeans
 from pcl.distributed import assign_jobs
 from pcl.images import read_image, read_tensor
@@ -529,7 +530,7 @@ def scaling() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     chosen = parser.parse_args().parts or list(PARTS)
     if unknown := [part for part in chosen if part not in PARTS]:

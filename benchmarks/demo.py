@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pcl.augment import center_view
 from pcl.checkpoint import LAST_E_STEP, load, load_backbone
+from pcl.cli import Parser, positive
 from pcl.clustering import cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
@@ -33,7 +34,6 @@ from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
 from pcl.networks import backbone
 from pcl.run.inputs import open_folder
 from pcl.run.logs import track
-from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder, write_voc
 from pcl.terminal import leave_on_signals
 from resnet8 import RESNET8, register

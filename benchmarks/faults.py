@@ -12,7 +12,6 @@ undisturbed run to the bit; then a new one is begun. A launcher is forked from t
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pcl.checkpoint import NAMES, load
+from pcl.cli import Parser, natural, positive
 from pcl.errors import PREEMPTED
 from pcl.samples import write_image_folder
 
@@ -169,9 +169,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="how often to kill each of: " + ", ".join(VICTIMS))
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and the victims")
+    parser = Parser(__doc__)
+    parser.add_argument("--kills", type=positive, default=100, metavar="N", help=f"kills of each: {', '.join(VICTIMS)}")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the moments and the victims")
     args = parser.parse_args()
     generator = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:

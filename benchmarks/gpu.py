@@ -26,10 +26,10 @@ from torch import Tensor
 from bench import random_clustering
 from pcl.augment import normalize
 from pcl.builder import MoCo
+from pcl.cli import Parser, integer, integers, positive
 from pcl.clustering import Clustering, cluster_all
 from pcl.run.launch import SingleProcess
 from pcl.run.logs import describe_machine, versions
-from pcl.run.options import Parser, integer, integers, positive
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
 from pcl.sharded import cluster_all_sharded

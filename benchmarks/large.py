@@ -35,11 +35,11 @@ from matplotlib.figure import Figure
 from demo import ROOT
 from pcl import checkpoint
 from pcl.checkpoint import LAST_E_STEP
+from pcl.cli import Parser
 from pcl.figures import DPI
 from pcl.plots import COLORS, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.run.options import Parser
 from replicate import (
     BASELINES,
     MAIN,

@@ -66,6 +66,7 @@ from demo import ROOT
 from pcl import checkpoint, networks
 from pcl.augment import Augmentation
 from pcl.checkpoint import LAST_E_STEP
+from pcl.cli import Parser, positive
 from pcl.clustering import Clustering, cluster
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
@@ -75,7 +76,6 @@ from pcl.metrics import cluster_agreement, knn_accuracy
 from pcl.run import kept
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.run.options import Parser, positive
 from pcl.samples import write_image_folder
 from replication_report import report, results_in
 from resnet8 import RESNET8, register

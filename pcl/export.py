@@ -8,7 +8,6 @@ python -m pcl.checkpoint export CHECKPOINT OUT              a folder for timm an
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -20,11 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pcl import cli
 from pcl.augment import MEAN, STD
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at, write_whole
 from pcl.errors import USER_ERRORS, reason_of
 from pcl.networks import architectures, has_small_stem, takes_small_stem
-from pcl.terminal import printable, tell
+from pcl.terminal import tell
 
 Weights = dict[str, Tensor]  # of `load_backbone`: float32, and int64 counts
 DETECTRON2 = {  # torchvision's names -> detectron2's, as MoCo's script converts them
@@ -55,14 +55,12 @@ WRITERS: dict[str, Callable[[Weights, BinaryIO], None]] = {
 }
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> cli.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "python -m pcl.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__, "python -m pcl.checkpoint")
     command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a backbone without its fc")
-    command.add_argument("checkpoint", type=Path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
-    command.add_argument("out", type=Path, help="what to write: .pth, .safetensors, .pkl, or a folder; not there yet")
+    command.add_argument("checkpoint", type=cli.path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
+    command.add_argument("out", type=cli.path, help="what to write: .pth, .safetensors, .pkl, or a folder; not there yet")
     command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
     return parser
 
@@ -117,6 +115,6 @@ def main() -> None:
     try:
         lines = export(args.checkpoint, args.out, args.arch)
     except USER_ERRORS as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(reason_of(error))}\n")
+        parser.error(reason_of(error))
     for line in lines:
         tell(line)

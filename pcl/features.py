@@ -9,18 +9,17 @@ Letters: N images, C features, K clusters.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcl import cli
 from pcl.augment import center_view, normalize
 from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at
 from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size
@@ -28,7 +27,7 @@ from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.evaluation import check, claim, evaluate
 from pcl.loader import IndexedFolder, make_loader
 from pcl.networks import architectures
-from pcl.terminal import leave_on_signals, printable
+from pcl.terminal import leave_on_signals
 
 
 @torch.no_grad()
@@ -121,41 +120,23 @@ def open_splits(data: Path, view: Callable[[Any], Tensor]) -> dict[str, IndexedF
     return splits
 
 
-def _integer(text: str, least: int = 1) -> int:
-    if not (text.isdecimal() and least <= int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
-    return int(text)
-
-
-def _integers(text: str) -> list[int]:
-    if len(set(values := [_integer(part) for part in text.split(",")])) < len(values):
-        raise argparse.ArgumentTypeError(f"{text}: a number stands there twice")
-    return values
-
-
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
-    parser = _Parser("python -m pcl.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="as for --pretrained of the scripts")
-    parser.add_argument("data", type=Path, metavar="DIR", help="holds train/<class>/ and perhaps val/, <class>/, or images")
+    parser = cli.Parser(__doc__, "python -m pcl.features")
+    parser.add_argument("checkpoint", type=cli.path, metavar="CHECKPOINT", help="as for --pretrained of the scripts")
+    parser.add_argument("data", type=cli.path, metavar="DIR", help="holds train/<class>/ and perhaps val/, <class>/, or images")
     parser.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
-    parser.add_argument("--out", type=Path, default=Path("features"), metavar="FOLDER", help="for the results (features)")
+    parser.add_argument("--out", type=cli.path, default=Path("features"), metavar="FOLDER", help="for the results")
     parser.add_argument("--momentum", action="store_true", help="the momentum encoder's features with its head, of unit length")
-    parser.add_argument("--num-cluster", type=_integers, default=[], metavar="K,K,...", help="k-means as in the E-step")
+    parser.add_argument("--num-cluster", type=cli.integers, default=[], metavar="K,K,...", help="k-means as in the E-step")
     parser.add_argument("--logistic", action="store_true", help="logistic regression, scored on val/")
-    parser.add_argument("--image-size", type=_integer, metavar="PIXELS", help="by default what the checkpoint says, else 224")
-    parser.add_argument("-b", "--batch-size", type=_integer, default=128, metavar="N",
-                        help="images passed through at once (128)")
-    parser.add_argument("-j", "--workers", type=partial(_integer, least=0), default=8, metavar="N",
-                        help="loader processes, at most one a core (8)")
+    parser.add_argument("--image-size", type=cli.side, metavar="PIXELS", help="by default what the checkpoint says, else 224")
+    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
+    parser.add_argument("-j", "--workers", type=cli.processes, default=8, metavar="N",
+                        help="loader processes, at most one a core")
     # fmt: on
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def main() -> None:
@@ -191,7 +172,7 @@ def main() -> None:
     except (*USER_ERRORS, MemoryError, torch.OutOfMemoryError) as error:
         remedy = "" if isinstance(error, USER_ERRORS) else "; lower --batch-size or --image-size"
         reason = reason_of(error).partition(", or leave such files out")[0] + remedy  # with an option of pre-training
-        parser.exit(code, f"{parser.prog}: error: {printable(reason)}\n")
+        parser.fail(code, reason)
 
 
 if __name__ == "__main__":

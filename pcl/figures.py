@@ -9,7 +9,6 @@ Letters: N images, K prototypes, S images whose features were kept, n images who
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pcl import checkpoint, plots
+from pcl import checkpoint, cli, plots
 from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.images import UnreadableImageError, read_image
 from pcl.loader import IndexedFolder
 from pcl.plots import COLORS, GRAY, MARKERS, Epochs, Figure, plain, training_curves
-from pcl.terminal import leave_on_signals, printable, tell
+from pcl.terminal import leave_on_signals, tell
 
 ROWS, COLUMNS = 12, 10  # of the picture of the prototypes
 SIDE = 96  # of its images, in pixels
@@ -222,12 +221,11 @@ def tsne(last: dict[str, Any]) -> Figure:
     return figure
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> cli.Parser:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m pcl.figures", description=__doc__, formatter_class=raw)
-    parser.add_argument("exp_dir", type=Path, metavar="EXP_DIR", help="folder of a run of main_pcl.py")
-    parser.add_argument("--results", type=Path, nargs="*", default=[], metavar="FILE.json", help="of eval_svm_voc.py --output")
+    parser = cli.Parser(__doc__, "python -m pcl.figures")
+    parser.add_argument("exp_dir", type=cli.path, metavar="EXP_DIR", help="of main_pcl.py")
+    parser.add_argument("--results", type=cli.path, nargs="*", default=[], metavar="FILE", help="of eval_svm_voc.py --output")
     return parser
 
 
@@ -238,7 +236,7 @@ def main() -> None:
         for path in draw(args.exp_dir, args.results):
             tell(str(path))
     except RunError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(str(error))}\n")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

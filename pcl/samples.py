@@ -8,12 +8,12 @@ DIR/train/<class>/ gets 400 images of each class, DIR/val/<class>/ 100. DIR/VOCd
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pcl import cli
 from pcl.errors import USER_ERRORS, RunError, reason_of
 from pcl.loader import IndexedFolder
 from pcl.terminal import leave_on_signals, tell
@@ -82,11 +82,10 @@ def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
         first += count
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> cli.Parser:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m pcl.samples", description=__doc__, formatter_class=raw)
-    parser.add_argument("root", type=Path, metavar="DIR", help="the folder to write; made if need be")
+    parser = cli.Parser(__doc__, "python -m pcl.samples")
+    parser.add_argument("root", type=cli.path, metavar="DIR", help="the folder to write; made if need be")
     return parser
 
 
@@ -99,7 +98,7 @@ def main() -> None:
         write_voc(root, root)
         train, val = (len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val"))
     except USER_ERRORS as error:
-        parser.exit(2, f"{parser.prog}: error: DIR {root}: {reason_of(error)}\n")
+        parser.error(f"DIR {root}: {reason_of(error)}")
     tell(f"{train} images in {root / 'train'}, {val} images in {root / 'val'}; collages in {root / 'VOCdevkit'}")
 
 

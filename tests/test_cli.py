@@ -9,7 +9,10 @@ import pytest
 from conftest import GOLDEN, save_result
 from PIL import Image
 
+import eval_cls_imagenet
+import eval_svm_voc
 import main_pcl
+from pcl import cli, export, features, figures, samples
 from pcl.checkpoint import CheckpointError
 from pcl.distributed import get_rank
 from pcl.errors import RunError
@@ -35,26 +38,26 @@ def test_learning_rates_are_the_published_ones(name, options):
 
 
 def test_numbers_are_read_or_refused():
-    assert options.integers("25000,50000") == [25000, 50000]
+    assert cli.integers("25000,50000") == [25000, 50000]
     for wrong in ("", "a", "3,,4", "3.5", "0", "-2", "5,5"):
         with pytest.raises(ArgumentTypeError):
-            options.integers(wrong)
-    assert (options.natural("0"), options.positive("1"), options.fraction("1"), options.nonnegative_float("0")) == (
+            cli.integers(wrong)
+    assert (cli.natural("0"), cli.positive("1"), cli.fraction("1"), cli.nonnegative_float("0")) == (
         0,
         1,
         1.0,
         0.0,
     )
     for kind, wrong in (
-        (options.natural, "-1"), (options.positive, "0"), (options.positive_float, "0"), (options.positive_float, "nan"),
-        (options.positive_float, "inf"), (options.nonnegative_float, "-1"), (options.fraction, "1.1"), (options.fraction, "x"),
+        (cli.natural, "-1"), (cli.positive, "0"), (cli.positive_float, "0"), (cli.positive_float, "nan"),
+        (cli.positive_float, "inf"), (cli.nonnegative_float, "-1"), (cli.fraction, "1.1"), (cli.fraction, "x"),
     ):  # fmt: skip
         with pytest.raises(ArgumentTypeError, match=wrong):
             kind(wrong)
 
 
 def test_a_random_backbone_may_have_a_small_stem():
-    parser = options.Parser("text")
+    parser = cli.Parser("text")
     options.add_backbone(parser)
 
     def opened(*words):
@@ -67,10 +70,12 @@ def test_a_random_backbone_may_have_a_small_stem():
         opened("--random-init", "-a", "shufflenet_v2_x0_5")
 
 
-def test_an_error_is_one_line_and_exit_code_2(capsys):
-    parser = options.Parser("text")
+@pytest.mark.parametrize("script", [main_pcl, eval_cls_imagenet, eval_svm_voc, features, figures, samples, export])
+@pytest.mark.parametrize("words", [["--unknown"], ["--hel"], ["x", "x", ""]])
+def test_an_error_of_a_command_line_is_one_line_and_exit_code_2(script, words, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", *words])
     with pytest.raises(SystemExit) as stop:
-        parser.parse_args(["--unknown"])
+        script.main()
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -78,7 +83,7 @@ def test_an_error_is_one_line_and_exit_code_2(capsys):
 def test_batches_are_totals_over_a_node():
     args = Namespace(batch_size=256, workers=8, nproc=4, gpu=None, world_size=3, rank=0, seed=None)
     args.dist_url, args.dist_backend = "tcp://a:1", "nccl"
-    plan = check_launch(options.Parser(None), args)
+    plan = check_launch(cli.Parser(None), args)
     assert (plan.batch, plan.workers, plan.global_batch) == (64, 2, 768)
 
 
@@ -105,7 +110,7 @@ SHAPES = {
 @pytest.mark.parametrize(("names", "below", "classes", "number"), SHAPES.values(), ids=SHAPES)
 def test_the_shape_of_a_folder_is_recognised(tmp_path, names, below, classes, number):
     write(tmp_path, *names)
-    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
     assert (images.root, images.classes, len(images)) == (tmp_path / below, classes, number)
 
 
@@ -113,9 +118,9 @@ def test_a_folder_may_be_named_by_a_link_or_from_where_one_stands(tmp_path, monk
     write(tmp_path, "real/a/1.png", "real/b/1.png")
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "train").symlink_to(tmp_path / "real")
-    assert inputs.open_folder(options.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
+    assert inputs.open_folder(cli.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
     monkeypatch.chdir(tmp_path / "real")
-    images = inputs.open_folder(options.Parser(""), Path("."), "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), Path("."), "train", labelled=False)
     assert (images.root, images.classes) == (tmp_path / "real", ["a", "b"])
 
 
@@ -173,7 +178,7 @@ MISSHAPEN = {
 def test_a_folder_of_another_shape_is_one_line_with_its_remedy(tmp_path, capsys, names, below, labelled, message):
     write(tmp_path, *names)
     with pytest.raises(SystemExit) as stop:
-        inputs.open_folder(options.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
+        inputs.open_folder(cli.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert f"error: DIR {message.replace('{}', str(tmp_path))}" in err
@@ -190,7 +195,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path, capsys, monkeypatch)
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(SystemExit):
-        inputs.open_folder(options.Parser(""), tmp_path, "train")
+        inputs.open_folder(cli.Parser(""), tmp_path, "train")
     assert f"{tmp_path}/train/b cannot be listed: Permission denied; make it readable" in capsys.readouterr().err
 
 
@@ -205,9 +210,9 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
     (tmp_path / "val" / "a" / "2.png").unlink()
     (tmp_path / "val" / "a" / "2.png").symlink_to("nowhere")
-    train, val = (inputs.open_folder(options.Parser(""), tmp_path, split) for split in ("train", "val"))
+    train, val = (inputs.open_folder(cli.Parser(""), tmp_path, split) for split in ("train", "val"))
     args = skipping(tmp_path)
-    kept, unreadable = inputs.leave_out_unreadable(options.Parser(""), args, Place(), train, val)
+    kept, unreadable = inputs.leave_out_unreadable(cli.Parser(""), args, Place(), train, val)
     assert [len(images) for images in kept] == [32, 2]
     assert kept[0].labels.tolist() == [0] * 2 + [1] * 30
     assert list(unreadable) == [str(tmp_path / name) for name in [*gone, "val/a/2.png"]]
@@ -223,16 +228,16 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a link to nowhere)"
 
     args.skip_unreadable = False
-    kept, unreadable = inputs.leave_out_unreadable(options.Parser(""), args, Place(), train, val)
+    kept, unreadable = inputs.leave_out_unreadable(cli.Parser(""), args, Place(), train, val)
     assert ([len(images) for images in kept], unreadable) == ([60, 3], {})
 
 
 def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
     (tmp_path / "caf\udce9.jpg").write_bytes(b"")
-    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
     args = skipping(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        inputs.leave_out_unreadable(options.Parser(""), args, Place(), images)
+        inputs.leave_out_unreadable(cli.Parser(""), args, Place(), images)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert "caf\\udce9.jpg: it is empty, or no image of a known format" in out
@@ -245,13 +250,13 @@ def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
 @pytest.mark.parametrize(("rank", "node", "tells"), [("0", 0, True), ("3", 0, False), (None, 1, False)])
 def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, monkeypatch, rank, node, tells):
     write(tmp_path, "1.png")
-    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
     if rank:
         for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
     args = skipping(tmp_path)
     args.rank, args.dist_url, args.world_size = node, "tcp://a:1", 1 if rank else node + 1
-    inputs.leave_out_unreadable(options.Parser(""), args, place_of(args), images)
+    inputs.leave_out_unreadable(cli.Parser(""), args, place_of(args), images)
     assert capsys.readouterr().out == ("unreadable and left out: 0 of 1 images\n" if tells else "")
 
 
@@ -261,10 +266,10 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
         time.sleep(0.1)
 
     write(tmp_path, "1.png")
-    images = inputs.open_folder(options.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
     monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     with pytest.raises(SystemExit) as stop:
-        inputs.leave_out_unreadable(options.Parser(""), skipping(tmp_path), Place(), images)
+        inputs.leave_out_unreadable(cli.Parser(""), skipping(tmp_path), Place(), images)
     assert stop.value.code == 130
     assert capsys.readouterr().err.strip().count("\n") == 0
 

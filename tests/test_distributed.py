@@ -15,7 +15,7 @@ import torch
 from conftest import plan_of, save_result
 from torch._inductor.exc import InvalidCxxCompiler
 
-from pcl import distributed
+from pcl import cli, distributed
 from pcl.distributed import (
     assign_jobs,
     derive_seed,
@@ -28,7 +28,7 @@ from pcl.distributed import (
     shared_map,
 )
 from pcl.errors import RunError
-from pcl.run import launch, options, preflight, rendezvous
+from pcl.run import launch, preflight, rendezvous
 
 
 def test_without_a_group_a_process_answers_for_itself():
@@ -126,7 +126,7 @@ def test_what_a_launcher_sets_by_half_is_one_line(monkeypatch, capsys, variables
     assert "\n" not in str(caught.value)
     args = Namespace(nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=1)
     with pytest.raises(SystemExit, match="2"):
-        preflight.check_launch(options.Parser(None), args)
+        preflight.check_launch(cli.Parser(None), args)
     assert told in capsys.readouterr().err
 
 
@@ -151,7 +151,7 @@ def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch
     args = Namespace(
         nproc=4, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="nccl"
     )
-    place = preflight.check_launch(options.Parser(None), args).place
+    place = preflight.check_launch(cli.Parser(None), args).place
     assert (place.world, place.rank, place.host, place.port) == (8, 4, "n09", 10123)
     assert processes_of(args) == (4, 8)
 
@@ -162,16 +162,16 @@ def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, 
     args = Namespace(
         nproc=3, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="gloo"
     )
-    preflight.check_launch(options.Parser(None), args)
+    preflight.check_launch(cli.Parser(None), args)
     assert [str(launch.device_of(local_rank, args)) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     args.dist_backend = "nccl"
     with pytest.raises(SystemExit):
-        preflight.check_launch(options.Parser(None), args)
+        preflight.check_launch(cli.Parser(None), args)
     assert "--nproc: 3 processes for 2 GPUs; start fewer, give --dist-backend gloo" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     place_in(monkeypatch, TORCHRUN)
     args.nproc = None
-    preflight.check_launch(options.Parser(None), args)
+    preflight.check_launch(cli.Parser(None), args)
     assert str(launch.device_of(3, args)) == "cuda:0"
 
 

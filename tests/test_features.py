@@ -223,9 +223,9 @@ def test_two_runs_into_one_folder_exclude_each_other(pretrained, six_classes, tm
     [
         (["--num-cluster", "38"], "--num-cluster 38: more clusters than the 37 images; lower it"),
         (["--num-cluster", "3,3"], "stands there twice"),
-        (["--num-cluster", "3,x"], "'x' is not an integer of at least 1"),
-        (["--image-size", "0"], "'0' is not an integer of at least 1"),
-        (["--image-size", "2000000"], "--image-size 2000000: no memory holds 128 such images; lower it"),
+        (["--num-cluster", "3,x"], "'x' is not an integer from 1"),
+        (["--image-size", "0"], "'0' is not an integer from 1"),
+        (["--image-size", "8192", "-b", "1000000"], "--image-size 8192: no memory holds 1000000 such images; lower it"),
         (["--batch-size", "-1"], "'-1' is not an integer"),
         (["-a", "resnet18"], "does not fit resnet18"),
         (["-a", "vgg"], "invalid choice"),

@@ -14,13 +14,13 @@ import numpy as np
 from torch import nn
 
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at
+from pcl.cli import Parser
 from pcl.distributed import available_cores, equal_on_all_ranks, is_main
 from pcl.errors import INTERRUPTED, RunError
 from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
 from pcl.networks import backbone, no_small_stem, takes_small_stem
 from pcl.run.logs import log, track
-from pcl.run.options import Parser
 from pcl.run.preflight import Plan
 from pcl.run.rendezvous import Place
 

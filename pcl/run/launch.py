@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl import distributed
+from pcl.cli import Parser
 from pcl.distributed import available_cores, gather, get_world_size, seed_everything, wait_for_all
 from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, reason_of
-from pcl.run.options import Parser
 from pcl.run.preflight import Plan
 from pcl.run.rendezvous import LOOPBACK, meet, serve
 from pcl.run.watch import GRACE, Watch

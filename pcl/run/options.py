@@ -1,111 +1,19 @@
-"""The command lines: a parser, types of numbers and paths, the groups of options that scripts share, the learning rate."""
+"""The groups of options that scripts share, and the learning rate."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import re
-import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from pcl import cli
+from pcl.cli import Parser, integer, natural, path, positive, positive_float
 from pcl.distributed import available_cores
 from pcl.networks import architectures
-from pcl.terminal import printable
-
-LARGEST_BATCH = 2**20
-LARGEST_SIDE = 2**13  # pixels
-MOST_PROCESSES = 2**10  # on one machine
-
-
-class Parser(argparse.ArgumentParser):
-    """Prints defaults in the help, and an error as one line without the usage."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        for word in words:
-            if match := re.fullmatch("(--[^=]+=|-[a-z]=?)--", word):  # argparse before Python 3.13 takes that for no value
-                self.error(f"argument {match[1].rstrip('=')}: '--' is no value")
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.fail(2, message)
-
-    def fail(self, code: int, message: str) -> NoReturn:
-        """End with one line."""
-        self.exit(code, f"{self.prog}: error: {printable(message)}\n")
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
-
-
-def _number(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if fits(value := kind(text)):
-                return value
-        raise ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
-
-
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of an integer from `least` to `most`."""
-    return _number(int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
-
-
-natural, positive = integer(0), integer(1)
-seed = integer(0, 2**32 - 1)  # the range that all libraries take
-# 1e30 is far within float32.
-positive_float = _number(float, lambda value: 0 < value <= 1e30, "a number above 0, at most 1e+30")
-nonnegative_float = _number(float, lambda value: 0 <= value <= 1e30, "a number from 0 to 1e+30")
-percentage = _number(float, lambda value: 0 < value <= 100, "a number above 0, at most 100")
-fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-seconds = _number(float, lambda value: 1 <= value <= 2592000, "a number of seconds from 1 to 2592000")
-
-
-def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a list such as "3,4", in which nothing stands twice."""
-
-    def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
-        if len(set(values)) < len(values):
-            raise ArgumentTypeError(f"{text}: a number stands there twice")
-        return values
-
-    return parse
-
-
-integers = several(positive)
-
-
-def path(text: str) -> Path:
-    """A path under which something is, or could be made."""
-    return Path(reachable(text))
-
-
-def reachable(text: str) -> str:
-    """`path` as it was written: not an empty one, which an unset variable of a shell gives, nor one below a file."""
-    try:
-        os.stat(text)
-    except FileNotFoundError:
-        if not text:
-            raise ArgumentTypeError("the path is empty") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL, or what no file's name can hold
-        reason = getattr(error, "strerror", None) or error
-        raise ArgumentTypeError(f"{text!r} cannot be a path: {reason}") from None
-    return text
 
 
 # fmt: off
@@ -115,20 +23,20 @@ def add_training(
 ) -> None:
     """The options of any run of SGD, with this script's defaults."""
     group = parser.add_argument_group("training")
-    group.add_argument("-j", "--workers", type=integer(0, MOST_PROCESSES), default=available_cores(), metavar="N",
+    group.add_argument("-j", "--workers", type=cli.processes, default=available_cores(), metavar="N",
                        help="loader processes, a total over this node's training processes; 0 loads in those themselves")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
-    group.add_argument("-b", "--batch-size", type=integer(1, LARGEST_BATCH), default=batch_size, metavar="N",
+    group.add_argument("-b", "--batch-size", type=cli.batch, default=batch_size, metavar="N",
                        help="images in a step, a total over this node's training processes")
     group.add_argument("--lr", type=lr_type, default=lr, metavar="LR", help=lr_help)
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
                        help="epochs at which the learning rate falls to a tenth")
-    group.add_argument("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD")
-    group.add_argument("--wd", "--weight-decay", dest="wd", type=nonnegative_float, default=wd, metavar="WD",
+    group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="of SGD")
+    group.add_argument("--wd", "--weight-decay", dest="wd", type=cli.nonnegative_float, default=wd, metavar="WD",
                        help="weight decay")
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
-    group.add_argument("--resume", type=reachable, metavar="PATH",
+    group.add_argument("--resume", type=cli.reachable, metavar="PATH",
                        help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
     group.add_argument("--skip-unreadable", action="store_true",
                        help="read every image first; list those that cannot be read, and leave them out")
@@ -137,7 +45,7 @@ def add_training(
 def add_launch(parser: Parser) -> None:
     """The options that say which processes, on which machines, train together."""
     group = parser.add_argument_group("processes")
-    group.add_argument("--nproc", type=integer(1, MOST_PROCESSES), metavar="N",
+    group.add_argument("--nproc", type=integer(1, 2**10), metavar="N",
                        help="training processes on this machine; by default one for each GPU, or one on the CPU")
     group.add_argument("--gpu", type=natural, metavar="N", help="train on this GPU alone")
     group.add_argument("--world-size", type=integer(1, 2**16), default=1, metavar="N", help="number of nodes (machines)")
@@ -145,12 +53,12 @@ def add_launch(parser: Parser) -> None:
     group.add_argument("--dist-url", metavar="URL",
                        help="tcp://HOST:PORT of node 0, the same on every node; one node needs none")
     group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
-    group.add_argument("--dist-timeout", type=seconds, default=1800.0, metavar="SECONDS",
+    group.add_argument("--dist-timeout", type=cli.seconds, default=1800.0, metavar="SECONDS",
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
     # torch.distributed.launch adds it; it sets LOCAL_RANK too.
     group.add_argument("--local-rank", "--local_rank", type=natural, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    group.add_argument("--seed", type=seed, metavar="N",
+    group.add_argument("--seed", type=cli.seed, metavar="N",
                        help="base of the random seeds, drawn if not given: process r takes seed + r")
 
 
@@ -184,7 +92,7 @@ def add_small_data(parser: Parser) -> None:
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
     group.add_argument("--fixed-phi", action="store_true",
                        help="give every prototype --temperature as its concentration, as in the paper's ablation")
-    group.add_argument("--proto-weight", type=nonnegative_float, default=1.0, metavar="W",
+    group.add_argument("--proto-weight", type=cli.nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
 
 
@@ -231,7 +139,7 @@ def add_files(parser: Parser) -> None:
 def add_backbone(parser: Parser) -> None:
     """The options that name the frozen network that a script evaluates."""
     group = parser.add_argument_group("backbone")
-    group.add_argument("--pretrained", type=reachable, metavar="FILE",
+    group.add_argument("--pretrained", type=cli.reachable, metavar="FILE",
                        help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
     group.add_argument("--random-init", action="store_true", help="evaluate random weights instead, as a baseline")
     group.add_argument("--pixels", action="store_true", help="evaluate the pixels of the center crop instead, as a baseline")
@@ -239,7 +147,7 @@ def add_backbone(parser: Parser) -> None:
                        help="by default the one that the file names; resnet50 for random weights")
     group.add_argument("--small-stem", action="store_true",
                        help="random weights with the stem of main_pcl.py --small-stem; a file tells by itself")
-    group.add_argument("--image-size", type=integer(1, LARGEST_SIDE), default=224, metavar="PIXELS",
+    group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
                        help="side of the center crop, which comes from 8/7 of it")
 
 

@@ -14,10 +14,10 @@ import torch
 
 from pcl import checkpoint
 from pcl.builder import MoCo
+from pcl.cli import Parser
 from pcl.errors import RunError
 from pcl.run import kept
 from pcl.run.logs import log
-from pcl.run.options import Parser
 from pcl.run.rendezvous import Place, place_of
 from pcl.terminal import warn
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pcl.cli import Parser
 from pcl.errors import RunError
 from pcl.images import list_folder, tell_left_out
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, preflight
-from pcl.run.options import Parser
 from pcl.run.preflight import Plan
 from pcl.run.probe import RESULTS, check_other_run, open_probe
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from pcl import checkpoint
+from pcl.cli import Parser
 from pcl.clustering import Clustering
 from pcl.distributed import equal_on_all_ranks
 from pcl.errors import RunError
 from pcl.run import kept
 from pcl.run.logs import Meters, log
-from pcl.run.options import Parser
 from pcl.run.preflight import Plan, note_changes
 
 
