@@ -227,6 +227,8 @@ def wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Go on from a saved optimizer's momentum; learning rate, weight decay and other options stay as they are."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():  # in the weight's own layout, which a fused step takes for granted
+        state |= {name: torch.empty_like(parameter).copy_(value) for name, value in state.items() if value is not None}
 
 
 def _rehearse_step(path: str | Path, saved: dict[str, Any], parameters: Iterable[Tensor]) -> None:
@@ -269,9 +271,7 @@ def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tenso
 
 def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if wrong := [name for name, value in tensors.items() if value.is_meta or not value.float().isfinite().all()]:
-        raise CheckpointError(
-            f"{path}: not all numbers of {_some(wrong)} are finite, as in a run that has failed; name another"
-        )
+        raise CheckpointError(f"{path}: not all numbers of {_some(wrong)} are finite, as after a failed run; name another")
 
 
 def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:

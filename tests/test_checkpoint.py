@@ -322,6 +322,31 @@ def test_an_optimizer_goes_on_by_the_options_with_the_momentum_of_the_file():
     assert torch.equal(second.state[parameter]["momentum_buffer"], first.state[parameter]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizer_goes_on_in_another_order_of_memory(before, after):
+    def layer(order, gradient):
+        made = torch.nn.Conv2d(3, 4, 3).to(memory_format=order)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.fill_(1)
+                parameter.grad = torch.empty_like(parameter).copy_(gradient[: parameter.numel()].view(parameter.shape))
+        return made, torch.optim.SGD(made.parameters(), 0.1, momentum=0.9, fused=True)
+
+    gradients = torch.rand(2, 4 * 3 * 3 * 3)
+    (expected, whole), (_, first), (ours, second) = (layer(order, gradients[0]) for order in (after, before, after))
+    first.step()
+    load_optimizer(second, first.state_dict())
+    whole.step()
+    for network, optimizer in ((ours, second), (expected, whole)):
+        for parameter, given in zip(network.parameters(), layer(after, gradients[1])[0].parameters(), strict=True):
+            parameter.data.fill_(1)
+            parameter.grad = given.grad
+        optimizer.step()
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.slow
 def test_a_regnet_is_resumed(tmp_path):
     """torchvision computes its widths by tensors, also where the network is to be built without numbers."""
