@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.augment import center_view, crop_view, normalize
-from pcl.distributed import broadcast, get_rank, is_main, seed_everything, wait_for_all
+from pcl.distributed import broadcast, equal_on_all_ranks, get_rank, is_main, seed_everything, wait_for_all
 from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
@@ -55,7 +55,8 @@ def get_parser() -> cli.Parser:
     options.add_launch(parser)
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
-    probe.add_argument("--gamma", type=cli.fraction, default=0.1, metavar="G", help="what --schedule multiplies by")
+    probe.add_argument("--gamma", type=cli.fraction, default=0.1, metavar="G",
+                       help="what --schedule multiplies the learning rate by")
     probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
     probe.add_argument("--subset", type=cli.path, metavar="FILE",
@@ -83,10 +84,8 @@ def folder_name(text: str) -> str:
 def main() -> None:
     parser = get_parser()
     args = parse(parser)
-    try:
+    with parser.telling(2):
         plan = check(parser, args)
-    except RunError as error:
-        parser.error(str(error))
     launch.launch_or_exit(parser, probe, args, plan)
 
 
@@ -107,6 +106,9 @@ def parse(parser: cli.Parser) -> argparse.Namespace:
 
 def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     """Train and score, in each process of the group."""
+    other_start = f"the processes go on from different checkpoints; {RESULTS / args.id} must be one folder for all nodes"
+    if not equal_on_all_ranks(plan.epoch):
+        raise RunError(other_start)
     evaluate = args.evaluate or plan.epoch >= args.epochs
     if not evaluate:
         record = RunLog(RESULTS / args.id, {**vars(args), **vars(plan)}, check=partial(check_other_run, args))
@@ -116,6 +118,8 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     train_set = IndexedFolder(train_root, crop_view(args.image_size), plan.seed, skip=plan.unreadable)
     val_set = IndexedFolder(val_root, center_view(args.image_size), skip=plan.unreadable)
     model = open_probe(args, train_set.classes)
+    if not equal_on_all_ranks(hash(tuple(head.epoch for head in model.heads))):
+        raise RunError(other_start)
     model.backbone.to(device).requires_grad_(args.finetune)
     for head in model.heads:
         head.layer.to(device)
@@ -124,10 +128,9 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     log(f"machine: {describe_machine()}")
     inputs.note_image_size(args)
     log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
-    for images in (train_set, val_set):
-        inputs.check_same_images(images)
-        for line in images.layout_notes() if is_main() else []:
-            log(line)
+    inputs.check_same_images(val_root, val_set)
+    for line in [*train_set.layout_notes(), *val_set.layout_notes()] if is_main() else []:
+        log(line)
 
     start = time.monotonic()
     val_loader = make_loader(val_set, indices_of_rank(len(val_set)), plan.batch, plan.workers)
@@ -141,11 +144,13 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
         log(f"features: {val_features.shape[1]} of each validation image, {time.monotonic() - start:.1f} s")
     if evaluate:
         for head in model.heads:
-            head.history = [validate(head.layer, val_features, val_labels)]
+            score = validate(head.layer, val_features, val_labels)
+            head.history = [score] if args.evaluate else [*head.history[:-1], head.history[-1] | score]
         report(model, args, val_set.classes)
         return
 
     train_set = labelled_images(train_set, args, plan.seed)
+    inputs.check_same_images(train_root, train_set)
     labels = torch.from_numpy(train_set.labels).to(device)
     sampler = EpochSampler(train_set, plan.seed)
     lone = args.finetune and len(sampler) % plan.batch == 1  # a last batch of one image, which BatchNorm cannot take
@@ -159,7 +164,7 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
             checkpoint.load_optimizer(head.optimizer, head.state["optimizer"])
     inputs.keep_unreadable(RESULTS / args.id, plan.unreadable)
     board = TensorBoard(RESULTS / f"{args.id}_tensorboard")
-    untouched = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    untouched = {} if args.finetune else {name: value.clone() for name, value in model.backbone.state_dict().items()}
 
     for epoch in range(min(head.epoch for head in model.heads), args.epochs):
         active = [head for head in model.heads if head.epoch == epoch]  # a run may be stopped between two heads' checkpoints
@@ -207,8 +212,7 @@ def train_heads(
     rates = {head.mark: options.set_learning_rate(head.optimizer, args, epoch, *first, head.lr) for head in heads}
     backbone.train(args.finetune)
     meters = Meters()
-    label = f"epoch {epoch + 1}/{args.epochs}"
-    progress = EpochLog(label, len(loader), plan.global_batch, args.print_freq, record, epoch)
+    progress = EpochLog(f"epoch {epoch + 1}/{args.epochs}", len(loader), plan.global_batch, args.print_freq, record, epoch)
     for step, (images, index) in progress.batches(loader):
         target = labels[index.to(labels.device, non_blocking=True)]
         given = normalize(images.to(labels.device, non_blocking=True))
@@ -223,7 +227,7 @@ def train_heads(
             loss.backward()
             head.optimizer.step()
             values |= {f"loss{head.mark}": loss, f"acc{head.mark}": topk_accuracy(logits, target)}
-        meters.add(**values)
+        meters.add(len(images), **values)
         progress.step(step, meters)
     means = progress.close(meters, **{f"lr{mark}": lr for mark, lr in rates.items()})
     trained = []

@@ -27,7 +27,6 @@ from torch.utils.data import Subset
 from pcl import checkpoint, cli, svm, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
-from pcl.errors import USER_ERRORS, reason_of
 from pcl.features import extract_features
 from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import average_precision
@@ -44,7 +43,8 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__)
-    parser.add_argument("data", type=cli.path, metavar="DIR", help="the folder that holds VOCdevkit/VOC2007")
+    parser.add_argument("data", type=cli.path, metavar="DIR",
+                        help="the folder that holds VOCdevkit/VOC2007; with --folder, train/<class>/ and val/<class>/")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, unless it is there")
     parser.add_argument("--folder", action="store_true",
                         help="DIR holds train/<class>/ and val/<class>/ instead, one label for each image: accuracy")
@@ -52,7 +52,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
     parser.add_argument("--cost", type=cli.several(cli.positive_float), default="0.5", metavar="C,C,...",
-                        help="cost of the SVMs; of several, cross-validation on the training images chooses one")
+                        help="cost of the SVMs; if you give several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N",
@@ -63,7 +63,6 @@ def get_parser() -> cli.Parser:
                         help="loader processes, at most one a core")
     options.add_output(parser)
     # fmt: on
-    parser.set_defaults(processes=available_cores())  # that fit SVMs; 0: this one
     return parser
 
 
@@ -71,10 +70,8 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     network, source, train, test = open_all(parser, args)
-    try:
+    with parser.telling(1):
         evaluate(network, source, train, test, args)
-    except USER_ERRORS as error:
-        parser.fail(1, reason_of(error))
 
 
 def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
@@ -155,8 +152,7 @@ def features_of(network: nn.Module, images: Any, args: argparse.Namespace) -> np
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = make_loader(images, range(len(images)), args.batch_size, min(args.num_workers, available_cores()))
     features = extract_features(network.to(device), track(loader, "features"), len(images), device)
-    features = features / (features.norm(dim=1, keepdim=True) + 1e-5)
-    return features.cpu().numpy()
+    return (features / (features.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy()
 
 
 def full(features: Features, args: argparse.Namespace) -> dict[str, Any]:
@@ -198,12 +194,15 @@ def precisions(features: Features, draws: list[np.ndarray], cost: float, args: a
     jobs = [Job(rows, label, cost) for rows in draws for label in range(len(features.classes))]
     scores, result = iter(run(features, jobs, args)), []
     for _ in draws:
-        ap, of_draw = {}, [next(scores) for _ in features.classes]
+        of_draw = [next(scores) for _ in features.classes]
+        if args.folder:
+            right = np.argmax(of_draw, axis=0) == features.test_labels.argmax(axis=1)
+            result.append({"accuracy": float(right.mean())})
+            continue
+        ap = {}
         for truth, score, name in zip(features.test_labels.T, of_draw, features.classes, strict=True):
             counted = truth != 0 if args.ignore_difficult else np.full(len(truth), True)  # published: 0 is negative
             ap[name] = average_precision(truth[counted], score[counted])
-        if args.folder:
-            ap = {"accuracy": float((np.argmax(of_draw, axis=0) == features.test_labels.argmax(axis=1)).mean())}
         result.append(ap)
     return result
 
@@ -227,7 +226,7 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
 
 def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[np.ndarray]:
     """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
-    workers = min(args.processes, len(jobs))
+    workers = min(args.num_workers and available_cores(), len(jobs))
     loader = make_loader(Scores(features, jobs, args.seed), range(len(jobs)), 1, workers, in_order=False)
     found = {int(number): scores[0].numpy().copy() for number, scores in track(loader, "SVMs")}
     return [found[number] for number in range(len(jobs))]

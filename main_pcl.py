@@ -4,9 +4,10 @@ PCL v2 on ImageNet, one node with eight GPUs (PCL v1: --temperature 0.1, without
 
     python main_pcl.py DIR -a resnet50 --lr 0.03 --batch-size 256 --temperature 0.2 --mlp --aug-plus --cos --exp-dir pcl_v2
 
-The cheapest run, a few minutes on two CPU cores after `make demo` has written its images to demo/images:
+The cheapest run, a few minutes on two CPU cores, on the images that come with the package:
 
-    python main_pcl.py demo/images -a resnet18 --image-size 32 --epochs 6 --warmup-epoch 3 -b 64 --pcl-r 512 \\
+    python -m pcl.samples samples
+    python main_pcl.py samples -a resnet18 --image-size 32 --epochs 6 --warmup-epoch 3 -b 64 --pcl-r 512 \\
         --num-cluster 100,200,400 --moco-m 0.99 --mlp --aug-plus --cos --exp-dir first_run
 """
 
@@ -62,7 +63,7 @@ def get_parser() -> cli.Parser:
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
     model.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
                        help="side of a view; the E-step's center crop comes from 8/7 of it")
-    em = parser.add_argument_group("expectation-maximisation")
+    em = parser.add_argument_group("expectation-maximization")
     em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,...",
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
@@ -133,7 +134,9 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     wait_for_all()  # now no other run writes there
     views = augmentation_of(args)
     train_set = IndexedFolder(plan.images, views.two_views, plan.seed, views.read, skip=plan.unreadable)
-    inputs.check_same_images(train_set)
+    inputs.check_same_images(plan.images, train_set)
+    val = monitor.val_loader(args, plan)
+    inputs.check_same_images(args.data / "val", val and val.dataset)
     inputs.keep_unreadable(args.exp_dir, plan.unreadable)
     train_loader = make_loader(train_set, EpochSampler(train_set, plan.seed), plan.batch, plan.workers, drop_last=True)
     center_set = train_set.with_transform(views.center)
@@ -147,7 +150,7 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     progress, plan = Progress.resume(wrapped, optimizer, args, plan)
     report.settings(args, plan, train_set, len(train_loader), device, record)
-    watcher = monitor.Monitor(train_set, monitor.val_loader(args, plan), args.monitor_freq, record)
+    watcher = monitor.Monitor(train_set, val, args.monitor_freq, record)
 
     for epoch in range(progress.epoch, args.epochs):
         seed_everything(plan.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
@@ -162,7 +165,8 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
             save(wrapped, optimizer, progress, args, plan, finished=True)
             if progress.epoch < args.epochs and launch.watch.last_vote():
                 launch.watch.leave_saved()
-        report.advise(means, args, first=epoch == plan.epoch)
+        if epoch == plan.epoch:
+            report.advise(means, args)
     if is_main() and args.monitor_freq:
         report.draw_pictures(args.exp_dir)
 
@@ -175,7 +179,6 @@ def e_step(
     features, seen = momentum_features(model, loader, epoch, args, plan, label)  # (N, C), or this rank's (n, C)
     report.warn_if_collapsed(features, epoch, loader.dataset)
     between = time.monotonic()
-    torch.cuda.empty_cache()  # faiss takes its memory beside PyTorch's, which still holds what training took
     show = partial(track, label=f"{label} k-means")
     if args.kmeans == "sharded":
         num_images, tf32 = len(loader.dataset), args.kmeans_tf32
@@ -284,7 +287,7 @@ def save(
     state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": plan.settings(args)}
     if finished and (progress.epoch % args.save_freq == 0 or progress.epoch == args.epochs):
         kept.save_numbered(args.exp_dir, state, args.keep, args.keep_every)
-    elif finished or args.save_steps:
+    elif finished or progress.steps or args.save_steps:  # without --save-steps, a run saves within an epoch where it is stopped
         checkpoint.save(args.exp_dir / checkpoint.LAST, state)
 
 

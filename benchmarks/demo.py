@@ -89,11 +89,11 @@ def main() -> None:
     networks = {"raw pixels": nn.Flatten(), "random backbone": backbone(RESNET8), "PCL backbone": load_backbone(checkpoint)[0]}
     rows = {name: score(network, known, query, size) | rows[name] for name, network in networks.items()}
     print_table(rows)
-    print(f"kNN: the weighted vote of the 200 nearest of {len(known)} labelled images, for {len(query)} others.")
-    print("1 label: the nearest of one labelled image of each class; mean of 20 draws.")
+    print(f"kNN: the weighted vote of the 200 nearest of {len(known)} labeled images, for {len(query)} others.")
+    print("1 label: the nearest of one labeled image of each class; mean of 20 draws.")
     print(f"NMI: agreement of {len(query.classes)} k-means clusters with the classes, 100 if they are the same.")
     print("probe: accuracy of a linear classifier trained with all labels.")
-    print("SVM, k = ..: mean average precision on collages, with all labels and with k of each class (5 draws).")
+    print("SVM, k: mean average precision on collages, with all labels and with k of each class (5 draws).")
     print(f"\nPre-trained for {args.epochs} epochs in {minutes:.1f} minutes: {checkpoint}")
     draw(run)
     print(f"Its log: {run / 'log.jsonl'}; every number: {run}/*.json; pictures: {run / 'figures'}")
@@ -164,7 +164,7 @@ def features_of(network: nn.Module, images: IndexedFolder, size: int) -> tuple[T
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images.transform = center_view(size)
     loader = make_loader(images, range(len(images)), 256, workers=available_cores())
-    features = extract_features(network.to(device), track(loader, "features", len(loader)), len(images), device)
+    features = extract_features(network.to(device), track(loader, "features"), len(images), device)
     return features.cpu(), torch.from_numpy(images.labels)
 
 

@@ -607,7 +607,7 @@ def measure(network: nn.Module, data: Path, seed: int, knn_only: bool = False) -
         parts += [(features / (features.norm(dim=1, keepdim=True) + 1e-5)).numpy()]  # as eval_svm_voc.features_of
         parts += [2 * F.one_hot(label, len(classes)).numpy() - 1]
     # Another run has the other core.
-    options = Namespace(seed=seed, cost=[0.5], folder=False, ignore_difficult=False, processes=0)
+    options = Namespace(seed=seed, cost=[0.5], folder=False, ignore_difficult=False, num_workers=0)
     low_shot = eval_svm_voc.low_shot(eval_svm_voc.Features(*parts, classes), options)
     figures |= {f"k = {k}": 100 * result["mean"] for k, result in low_shot.items()}
     clustering = cluster(F.normalize(q, dim=1), len(classes), temperature=0.2, seed=seed)

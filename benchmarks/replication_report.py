@@ -146,7 +146,7 @@ def draw(scores: Scores) -> Figure:
                 axes.errorbar(k, mean, bars, color=color, marker=marker, capsize=3, label=f"{method} ({len(seeds)})")
         axes.set_xscale("log", base=2)
         axes.set_xticks(k, map(str, k))
-        axes.set(title=f"Linear SVMs with few labels, {version} (number of seeds)", xlabel="labelled images of each class, k")
+        axes.set(title=f"Linear SVMs with few labels, {version} (number of seeds)", xlabel="labeled images of each class, k")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper left")
     grid[0][0].set_ylabel("mean average precision (%), 95 % interval of the mean")

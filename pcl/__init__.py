@@ -1,4 +1,4 @@
-"""Prototypical Contrastive Learning (Li, Zhou, Xiong, Hoi; ICLR 2021): the parts of which the scripts are made.
+"""Prototypical Contrastive Learning (Li, Zhou, Xiong, Hoi; ICLR 2021): the parts that the scripts use.
 
 `pcl.clustering` (k-means, concentration) and `pcl.losses` (InfoNCE, ProtoNCE) work on plain tensors of any origin.
 """

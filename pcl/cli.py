@@ -7,11 +7,12 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pcl.errors import USER_ERRORS, is_out_of_memory, reason_of
 from pcl.terminal import printable
 
 
@@ -35,10 +36,20 @@ class Parser(argparse.ArgumentParser):
         """End with one line."""
         self.exit(code, f"{self.prog}: error: {printable(message)}\n")
 
+    @contextmanager
+    def telling(self, code: int) -> Iterator[None]:
+        """Inside, an error that the user can mend ends the program with one line and this exit code."""
+        try:
+            yield
+        except Exception as error:
+            if not (isinstance(error, USER_ERRORS) or is_out_of_memory(error)):
+                raise
+            self.fail(code, reason_of(error))
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if not action.default else super()._get_help_string(action)
+        return action.help if str(action.default) in ("None", "False", "", "[]") else super()._get_help_string(action)
 
 
 def _number(kind: type, fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:

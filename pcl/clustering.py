@@ -121,7 +121,7 @@ def kmeans(
     settings.niter, settings.nredo, settings.max_points_per_centroid = ITERATIONS, 1, MAX_POINTS
     settings.min_points_per_centroid = 1  # the published 10 only prints a warning, at every restart
     settings.seed = start_seed
-    index = _flat_index(dim, device)  # also sets the number of threads
+    index = _flat_index(dim, device if algorithm == "faiss" else None)  # also sets the number of threads
     if algorithm == "super":
         run = faiss.SuperKMeans(dim, num_cluster, settings)
         run.train(features)
@@ -292,6 +292,7 @@ def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRI
     device = torch.device(device or "cpu")
     if device.type != "cuda" or faiss_lacks(device):
         return faiss.IndexFlat(dim, metric)
+    torch.cuda.empty_cache()  # faiss takes its memory beside PyTorch's, which still holds what training took
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0
     return faiss.GpuIndexFlat(faiss.StandardGpuResources(), dim, metric, config)

@@ -31,7 +31,10 @@ def seed_everything(*key: int) -> None:
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed for each tuple of non-negative integers, unrelated for neighbouring ones (NumPy's SeedSequence)."""
+    """A 32-bit seed for each tuple of non-negative integers, unrelated for neighbouring ones (NumPy's SeedSequence).
+
+    Of up to four numbers, zeros at the end do not count.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -133,10 +136,7 @@ def wait_for_all() -> None:
 
 def mean_over_ranks(values: Sequence[float]) -> list[float]:
     """The mean of each number over the ranks."""
-    means = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(means)
-    return (means / get_world_size()).tolist()
+    return (sum_over_ranks(torch.tensor(values, dtype=torch.float64)) / get_world_size()).tolist()
 
 
 def shared_map(

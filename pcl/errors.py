@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PREEMPTED = 75  # exit code after another signal: EX_TEMPFAIL of sysexits.h, "try again"
@@ -12,8 +13,15 @@ class RunError(Exception):
     """What ends a run; the message is one line that names the remedy."""
 
 
+# Of the allocators of torch, faiss, cuBLAS, cuDNN, NCCL and C++.
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 # What a user can mend, told without a traceback: an OSError is a full disk or a folder that is gone, for example.
 USER_ERRORS = (RunError, OSError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of this machine or its GPU has run out."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def reason_of(error: BaseException) -> str:
@@ -23,4 +31,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         remedy = "; raise the limit (ulimit -n 4096)" if error.errno == errno.EMFILE else ""
         return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
+    if is_out_of_memory(error):
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"out of memory: lower --batch-size or --image-size ({line})"
     return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import dump  # writes only
@@ -22,7 +23,7 @@ from torch import Tensor
 from pcl import cli
 from pcl.augment import MEAN, STD
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at, write_whole
-from pcl.errors import USER_ERRORS, reason_of
+from pcl.errors import RunError
 from pcl.networks import architectures, has_small_stem, takes_small_stem
 from pcl.terminal import tell
 
@@ -60,7 +61,7 @@ def get_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "python -m pcl.checkpoint")
     command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a backbone without its fc")
     command.add_argument("checkpoint", type=cli.path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
-    command.add_argument("out", type=cli.path, help="what to write: .pth, .safetensors, .pkl, or a folder; not there yet")
+    command.add_argument("out", type=cli.path, help="a new file that ends in .pth, .safetensors or .pkl, or a new folder")
     command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
     return parser
 
@@ -92,8 +93,14 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
         pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
         pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
         config = {"architecture": arch, "num_classes": 0, "num_features": features, "pretrained_cfg": pretrained}
-        write_whole(out / "config.json", lambda opened: opened.write(json.dumps(config, indent=2).encode()))
-    write_whole(file, lambda opened: WRITERS[out.suffix](weights, opened))
+    try:
+        write_whole(file, lambda opened: WRITERS[out.suffix](weights, opened))
+        if not out.suffix:
+            write_whole(out / "config.json", lambda opened: opened.write(json.dumps(config, indent=2).encode()))
+    except RunError:
+        if not out.suffix:  # half of it would be in the way of the same command
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     lines = [f"{out}: {arch} without its fc. To load it:"]
     if not out.suffix:
         return [*lines, f'  network = timm.create_model("local-dir:{out.resolve()}", pretrained=True)']
@@ -112,9 +119,6 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
-    try:
-        lines = export(args.checkpoint, args.out, args.arch)
-    except USER_ERRORS as error:
-        parser.error(reason_of(error))
-    for line in lines:
-        tell(line)
+    with parser.telling(2):
+        for line in export(args.checkpoint, args.out, args.arch):
+            tell(line)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pcl import cli
 from pcl.augment import center_view, normalize
 from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at
 from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size
-from pcl.errors import USER_ERRORS, RunError, reason_of
+from pcl.errors import RunError
 from pcl.evaluation import check, claim, evaluate
 from pcl.loader import IndexedFolder, make_loader
 from pcl.networks import architectures
@@ -46,8 +47,10 @@ def extract_features(
         (N, C) float32 on `device`, in the order of the data set, the same on every rank.
 
     Raises:
-        RunError: features that are not finite numbers.
+        RunError: features that are not finite numbers, or fewer images than ranks.
     """
+    if num_images < get_world_size():
+        raise RunError(f"{num_images} images for {get_world_size()} processes; start fewer (--nproc)")
     own = len(range(get_rank(), num_images, get_world_size()))
     features = gather_interleaved(extract_share(network, loader, own, device), num_images)
     if not features.sum(dim=1).isfinite().all():
@@ -142,37 +145,28 @@ def get_parser() -> cli.Parser:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
-    code = 2
-    try:
+    with parser.telling(2):
         network, arch = (load_momentum_encoder if args.momentum else load_backbone)(args.checkpoint, args.arch)
         size = args.image_size or trained_at(args.checkpoint) or 224
         if 12 * args.batch_size * size**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
         check(splits, args.num_cluster, args.logistic)
-        with claim(args.out):
-            code = 1
-            features = {}
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            for name, images in splits.items():
-                loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
-                batches = tqdm(loader, name, leave=False, disable=None)
-                features[name] = extract_features(network.to(device), batches, len(images), device)
-            if args.momentum:
-                features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
-            kind = "momentum" if args.momentum else "backbone"
-            made = {
-                "checkpoint": str(args.checkpoint),
-                "arch": arch,
-                "features": kind,
-                "image_size": size,
-                "data": str(args.data),
-            }
-            evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
-    except (*USER_ERRORS, MemoryError, torch.OutOfMemoryError) as error:
-        remedy = "" if isinstance(error, USER_ERRORS) else "; lower --batch-size or --image-size"
-        reason = reason_of(error).partition(", or leave such files out")[0] + remedy  # with an option of pre-training
-        parser.fail(code, reason)
+        folder = ExitStack()
+        folder.enter_context(claim(args.out))
+    with folder, parser.telling(1):
+        features = {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name, images in splits.items():
+            loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
+            batches = tqdm(loader, name, leave=False, disable=None)
+            features[name] = extract_features(network.to(device), batches, len(images), device)
+        if args.momentum:
+            features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
+        kind = "momentum" if args.momentum else "backbone"
+        made: dict[str, str | int] = {"checkpoint": str(args.checkpoint), "arch": arch, "features": kind}
+        made |= {"image_size": size, "data": str(args.data)}
+        evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,15 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
                             picture(f"prototypes_{len(g['prototypes'])}", source, nearest_images, g, last, images)
         kinds = {"full": ("ap_per_class", plots.ap_per_class), "low_shot": ("low_shot", plots.low_shot_curves)}
         found: dict[str, dict[str, dict]] = {kind: {} for kind in kinds}
-        for source in [*sorted(exp_dir.glob("*.json")), *results]:
+        for source in dict.fromkeys([*sorted(exp_dir.glob("*.json")), *results]):
             with using(source):
                 result = json.loads(source.read_text())
                 if source in results or (isinstance(result, dict) and "checkpoint" in result):
                     name = name_of(result)
-                    for kind in [kind for kind in kinds if kind in result]:
+                    folder = result["settings"].get("folder") == "True"  # accuracies, which have no classes
+                    for kind in [kind for kind in kinds if kind in result and not (folder and kind == "full")]:
                         kinds[kind][1]({name: result[kind]})  # a result that cannot be drawn must not spoil the others
-                        found[kind][f"{name} ({source.stem})" if name in found[kind] else name] = result[kind]
+                        found[kind][f"{name} ({source})" if name in found[kind] else name] = result[kind]
         for kind, (name, make) in kinds.items():
             if found[kind]:
                 picture(name, exp_dir, make, found[kind])
@@ -119,8 +120,9 @@ def name_of(result: dict[str, Any]) -> str:
     arch, weights = result["checkpoint"]["arch"], result["checkpoint"]["weights"]
     file = Path(weights)
     names = {"none": "raw pixels", "random": f"random {arch}"}
-    name = names.get(weights, f"{arch}, {file.parent.name}/{file.name.partition('.')[0]}")
-    return f"{name}, {result['settings']['image_size']} pixels"
+    name = names.get(weights, f"{arch}, {Path(file.parent.name, file.name.partition('.')[0])}")
+    settings = result["settings"]
+    return f"{name}, {settings['image_size']} pixels" + ", accuracy" * (settings.get("folder") == "True")
 
 
 def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedFolder | None:
@@ -232,11 +234,9 @@ def get_parser() -> cli.Parser:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
-    try:
+    with parser.telling(2):
         for path in draw(args.exp_dir, args.results):
             tell(str(path))
-    except RunError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -127,11 +127,7 @@ class IndexedFolder(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with random_numbers_of(self.seed, epoch, index):
-            try:
-                image = self.read(self.path(index))
-            except UnreadableImageError as error:
-                raise UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable") from error
-            return self.transform(image), index
+            return self.transform(self.read(self.path(index))), index
 
     def path(self, index: int) -> str:
         """Path of an image's file."""

@@ -102,7 +102,8 @@ def prototype_loss(
         mask_duplicates: as for `prototype_logits`.
 
     Returns:
-        the loss and the fraction of queries nearest to their own prototype, both scalars, the second without gradient.
+        the loss and the fraction of queries whose target is their largest logit, both scalars, the second without gradient.
+        Of images that share a prototype only the first counts, as published.
     """
     q, index = tensors(q=(q, "B C"), index=(index, "int B"))
     r = integer("r", r)

@@ -141,9 +141,10 @@ def _expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     counted = [np.unique(sizes, return_counts=True) for sizes in (a, b)]
     (size_a, times_a), (size_b, times_b) = sorted(counted, key=lambda pair: len(pair[0]))  # loop over the fewer sizes
     for x, times in zip(size_a, times_a, strict=True):
-        y, n = size_b[:, None], np.arange(1, min(x, size_b[-1]) + 1)  # n images in both groups
-        row, column = np.nonzero((n <= y) & (n >= x + y - total))
-        y, n = size_b[row], n[column]
+        least = np.maximum(1, x + size_b - total)
+        count = np.minimum(x, size_b) - least + 1  # of possible numbers n of images in both groups: least, least + 1, ...
+        row = np.repeat(np.arange(len(size_b)), count)
+        y, n = size_b[row], np.arange(len(row)) - (count.cumsum() - count - least)[row]
         log_probability = (
             gammaln(x + 1) + gammaln(total - x + 1) + gammaln(y + 1) + gammaln(total - y + 1) - gammaln(total + 1)
             - gammaln(n + 1) - gammaln(x - n + 1) - gammaln(y - n + 1) - gammaln(total - x - y + n + 1)

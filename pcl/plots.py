@@ -152,7 +152,7 @@ def ap_per_class(full: dict[str, dict]) -> Figure:
 
 
 def low_shot_curves(low_shot: dict[str, dict]) -> Figure:
-    """Mean average precision by number of labelled images per class, with its spread over the draws."""
+    """Mean average precision by number of labeled images per class, with its spread over the draws."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for (name, result), line in zip(low_shot.items(), cycle(LINES), strict=False):
@@ -163,5 +163,5 @@ def low_shot_curves(low_shot: dict[str, dict]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, map(str, shots))
     title = "Linear SVMs with few labels (mean over the draws ± standard deviation)"
-    finish(axes, title=title, xlabel="labelled images of each class, k", ylabel="mean average precision (%)")
+    finish(axes, title=title, xlabel="labeled images of each class, k", ylabel="mean average precision, or accuracy (%)")
     return figure

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pcl import cli
-from pcl.errors import USER_ERRORS, RunError, reason_of
+from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.terminal import leave_on_signals, tell
 
@@ -28,7 +28,7 @@ def refuse_other_data(root: Path) -> None:
     found = {path.name for split in ("train", "val") for path in (root / split).glob("[!.]*")}
     found |= {path.name.rpartition("_")[0] for path in (root / "VOCdevkit/VOC2007/ImageSets/Main").glob("*_*.txt")}
     if other := sorted(found - known):
-        raise RunError(f"it holds data of another kind, such as {other[0]}; name a new folder")
+        raise RunError(f"DIR {root}: it holds data of another kind, such as {other[0]}; name a new folder")
 
 
 def write_image_folder(root: Path, source: Path = SOURCE) -> None:
@@ -92,13 +92,11 @@ def get_parser() -> cli.Parser:
 def main() -> None:
     parser = get_parser()
     root = parser.parse_args().root
-    try:
+    with parser.telling(2):
         refuse_other_data(root)
         write_image_folder(root)
         write_voc(root, root)
         train, val = (len(IndexedFolder(root / split, lambda image: image)) for split in ("train", "val"))
-    except USER_ERRORS as error:
-        parser.error(f"DIR {root}: {reason_of(error)}")
     tell(f"{train} images in {root / 'train'}, {val} images in {root / 'val'}; collages in {root / 'VOCdevkit'}")
 
 

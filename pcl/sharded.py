@@ -1,22 +1,20 @@
 """k-means of features that stay on the rank that computed them (`--kmeans sharded`), where one device cannot hold them all.
 
 The loop is faiss's `contrib.clustering.kmeans`. Each rank finds the nearest centroids of its own images; sums and counts are
-added over the ranks. A rank needs memory for its N/W features, the centroids, and 8 bytes for each of the N images (the
-cluster that training looks up).
+added over the ranks. A rank needs memory for its N/W features, the centroids, and 8 bytes for each of the N images and each
+granularity (the cluster that training looks up; twice that while they are gathered).
 
 Letters: N images, n of them on this rank, W ranks, C features, K prototypes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
-from faiss.contrib.clustering import kmeans
+from faiss.contrib import clustering as contrib
 from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
@@ -36,6 +34,7 @@ from pcl.clustering import (
 )
 from pcl.distributed import gather_interleaved, get_rank, get_world_size, sum_over_ranks
 
+contrib.print = contrib.print_nop  # it prints even if it is not verbose
 TILE = 4096, 2048  # images and centroids whose distances a GPU holds at once: 32 MiB, which its cache may keep
 
 
@@ -106,8 +105,7 @@ def kmeans_sharded(
         world = get_world_size()
         features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
     options = {"niter": ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints even if it is not verbose
-        centroids, steps = kmeans(num_cluster, RankAssign(features, start, tf32), **options)
+    centroids, steps = contrib.kmeans(num_cluster, RankAssign(features, start, tf32), **options)
     return steps[-1]["obj"], centroids.float()
 
 
@@ -167,9 +165,7 @@ def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] =
 
 def _rows_of_images(features: Tensor, images: np.ndarray) -> Tensor:
     """(len(images), C) features of these of the N images, from whichever rank has them."""
-    rank, world = get_rank(), get_world_size()
-    here = torch.from_numpy(np.flatnonzero(images % world == rank)).to(features.device)
-    place = torch.from_numpy(images // world).to(features.device)
+    here = images % get_world_size() == get_rank()
     rows = features.new_zeros(len(images), features.shape[1])
-    rows[here] = features[place[here]]
+    rows[torch.from_numpy(here)] = features[torch.from_numpy(images[here] // get_world_size()).to(features.device)]
     return sum_over_ranks(rows)

@@ -136,6 +136,8 @@ def download(root: str | Path) -> None:
             try:
                 _fetch(url, archive)
             except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "code", 0) == 416:  # it has all its bytes, and some are wrong
+                    archive.unlink()
                 raise VOCError(f"{url} cannot be fetched: {error}; the same command goes on from here") from error
             if not check_integrity(str(archive), md5):
                 archive.unlink()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN, save_result
 from PIL import Image
 
@@ -17,8 +18,8 @@ from pcl.checkpoint import CheckpointError
 from pcl.distributed import get_rank
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
-from pcl.run import inputs, options
-from pcl.run.options import learning_rate
+from pcl.run import inputs, options, preflight
+from pcl.run.options import learning_rate_factor
 from pcl.run.preflight import check_launch
 from pcl.run.rendezvous import Place, place_of
 
@@ -33,7 +34,7 @@ from pcl.run.rendezvous import Place, place_of
 )
 def test_learning_rates_are_the_published_ones(name, options):
     with np.load(GOLDEN / "learning_rate.npz") as golden:
-        ours = [learning_rate(Namespace(**options), epoch) for epoch in range(options["epochs"])]
+        ours = [options["lr"] * learning_rate_factor(Namespace(**options), epoch) for epoch in range(options["epochs"])]
         np.testing.assert_allclose(ours, golden[name], rtol=1e-5, atol=1e-12)
 
 
@@ -276,9 +277,10 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
 
 def compare_images(device, args, plan):
     found = []
-    for roots in (args.same, args.other):
+    for roots in (args.same, args.other, (args.same[0], None)):
+        root = roots[get_rank()]
         try:
-            inputs.check_same_images(IndexedFolder(roots[get_rank()], None))
+            inputs.check_same_images(Path("images"), root and IndexedFolder(root, None))
             found.append("")
         except RunError as error:
             found.append(str(error))
@@ -289,15 +291,38 @@ def compare_images(device, args, plan):
 def test_processes_that_find_different_images_are_stopped(tmp_path, two_ranks):
     write(tmp_path, "one/a/1.png", "two/a/1.png", "three/a/2.png")
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    for rank, result in enumerate(two_ranks(compare_images, same=(one, two), other=(one, three))):
-        same, other = result["found"]
+    for result in two_ranks(compare_images, same=(one, two), other=(one, three)):
+        same, other, none = result["found"]
         assert same == ""
-        assert other.startswith(f"the processes found different images in {(one, three)[rank]}; give every node the same files")
+        assert other == none
+        assert other == "the processes found different images in images; give every node the same files, and start again"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory. Tried")]
+)
+def test_out_of_memory_is_one_line_with_its_remedy(error, capsys):
+    with pytest.raises(SystemExit) as stop, cli.Parser(None, "svm").telling(1):
+        raise error
+    assert stop.value.code == 1
+    line = f"{error}" or "MemoryError"
+    assert capsys.readouterr().err == f"svm: error: out of memory: lower --batch-size or --image-size ({line})\n"
+    with pytest.raises(ZeroDivisionError), cli.Parser(None).telling(1):
+        raise ZeroDivisionError  # a fault of the program is not hidden
+
+
+def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "old.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "old.json")  # root may write everywhere
+    with pytest.raises(SystemExit):
+        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json"))
+    assert capsys.readouterr().err.endswith(f"--output: no right to write {tmp_path}/old.json; name another file\n")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("--fit 60", ([2, 3, 6], 8, 8, 0.03 / 32, 0.99, 20)),
         ("--fit 5000", ([125, 250, 500], 512, 64, 0.0075, 0.99, 20)),
         ("--fit 5000 --epochs 18 -b 128", ([125, 250, 500], 512, 128, 0.015, 0.99, 6)),
         ("--fit 5000 --lr 0.03 --num-cluster 7", ([7], 512, 64, 0.03, 0.99, 20)),

@@ -339,6 +339,7 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("second", "told"),
     [
+        ((1, 2, 0.1), "--temperature is 0.2 on one node, 0.1 on another; give all the same options"),
         ((1, 3), "a node counts 3 processes, 1 on each node, another 2 processes, 1 on each node; start as many on each"),
         ((0, 2), "two processes are number 0 of 2; give each node its own --rank"),
     ],
@@ -347,10 +348,10 @@ def test_nodes_that_do_not_fit_together_are_told_so_all(monkeypatch, second, tol
     store, ends = rendezvous.serve("127.0.0.1", 0, 20), []
     monkeypatch.setattr(rendezvous, "serve", lambda host, port, _: store)
 
-    def meet(rank, world):
+    def meet(rank, world, temperature=0.2):
         here = rendezvous.Place(rank, world, 0, 1, "127.0.0.1", store.port, True, hosted=False)
         with pytest.raises(RunError) as caught:
-            rendezvous.meet(here, 20)
+            rendezvous.meet(here, 20, {"temperature": temperature, "rank": rank, "data": f"/{rank}"})
         ends.append(str(caught.value))
 
     threads = [threading.Thread(target=meet, args=place) for place in ((0, 2), second)]

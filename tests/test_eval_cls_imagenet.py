@@ -93,8 +93,20 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
     assert whole["history"] == part["history"]
     assert whole["best_acc1"] == part["best_acc1"]
     script(six_classes, "--id", "part", "--resume", "auto", "--output", "done.json")  # nothing is left but to score it
-    done = json.loads((tmp_path / "done.json").read_text())["last"]
-    assert done.items() <= whole["history"][-1].items()
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["epochs"] == whole["history"]
+    assert done["best"]["test_acc"] == whole["best_acc1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [1, 2])
+def test_nodes_that_go_on_from_different_checkpoints_are_stopped(six_classes, tmp_path, monkeypatch, capsys, which):
+    answers = iter([True] * (which - 1))
+    monkeypatch.setattr(eval_cls_imagenet, "equal_on_all_ranks", lambda number: next(answers, False))
+    with pytest.raises(SystemExit) as stop:
+        script(six_classes, "--random-init", "--id", "x")
+    assert stop.value.code == 1
+    assert "go on from different checkpoints; Linear_eval/x must be one folder for all nodes\n" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -470,7 +482,7 @@ WRONG = {
         "{weights} --skip-unreadable",
         "no image that can be read in {root}/val/class 2",
     ),
-    "one class": (keep_one, "{weights}", "1 classes; the probe needs folders of two or more"),
+    "one class": (keep_one, "{weights}", "train/ and val/ hold one class; folders of two or more are needed"),
     "other classes than the head's": (keep_five, "--resume {probe}", "was trained on other classes"),
     "a finished probe": (None, "--resume {probe}", "has all of its 3 epochs; raise --epochs to go on"),
     "another architecture": (None, "--resume {probe} -a resnet18", "holds a shufflenet_v2_x0_5, not a resnet18"),
@@ -483,6 +495,8 @@ WRONG = {
     "weights that are no numbers": (None, "--pretrained {nan}", "--pretrained: {nan}: not all numbers of conv1.0.weight"),
     "a head that is no numbers": (None, "--resume {nan_probe}", "--resume: {nan_probe}: not all numbers of fc.bias"),
     "no weights": (None, "", "--pretrained: name a checkpoint"),
+    "pixels to go on with": (None, "--pixels --resume auto", "--resume: a probe of --pixels cannot go on; leave it out"),
+    "nothing to evaluate, and no weights": (None, "-e", "--evaluate: name the finished probe with --resume"),
     "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
     "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
     "a percentage of 0": (None, "{weights} --percent 0", "--percent: '0' is not a number above 0, at most 100"),

@@ -64,6 +64,24 @@ def test_the_script_from_end_to_end(voc_root, pretrained, tmp_path, monkeypatch,
         assert f"{k:>3s}  {100 * figures['mean']:5.1f}  {100 * figures['std']:5.1f}" in printed
 
 
+def test_an_unreadable_image_is_named_without_an_option_that_is_not_here(voc_root, tmp_path, capsys):
+    root = shutil.copytree(voc_root, tmp_path / "voc")
+    (root / "VOCdevkit/VOC2007/JPEGImages/000001.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        run_script(eval_svm_voc, root, "--pixels", "--image-size", 8, "--num-workers", 0)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.endswith("000001.jpg: it is empty, or no image of a known format; mend or remove the file\n")
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_no_loader_processes_means_none_for_the_svms_too(features, monkeypatch, workers):
+    made, make = [], eval_svm_voc.make_loader
+    monkeypatch.setattr(eval_svm_voc, "make_loader", lambda *args, **more: made.append(args[3]) or make(*args, **more))
+    monkeypatch.setattr(eval_svm_voc, "available_cores", lambda: 2)
+    run(features, [Job(np.arange(60), label, 0.5) for label in (0, 1, 0)], args_of("--num-workers", str(workers)))
+    assert made == [min(workers, 2)]
+
+
 def test_the_svms_are_the_published_ones_and_parallel_makes_no_difference(features):
     rows = np.array([0, 5, 5, *range(10, 40)])
     args = args_of("--seed", "3")

@@ -9,6 +9,7 @@ from conftest import run_script
 
 from pcl import export
 from pcl.builder import MoCo
+from pcl.errors import RunError
 
 ARCH = "resnet18"
 
@@ -95,6 +96,21 @@ def test_a_pickle_has_detectron2_s_names(checkpoint, tmp_path):
     }
     for name, ours in names.items():
         assert torch.equal(torch.from_numpy(found[name]), weights[ours])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_folder_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch, name):
+    def full(path, write, whole=export.write_whole):
+        if path.name == name:
+            raise RunError("no space")
+        whole(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_whole", full)
+        with pytest.raises(RunError, match="no space"):
+            export.export(checkpoint[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.export(checkpoint[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

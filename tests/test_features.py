@@ -17,6 +17,7 @@ from pcl.augment import center_view, normalize
 from pcl.builder import MoCo
 from pcl.checkpoint import CheckpointError, load_backbone
 from pcl.clustering import cluster
+from pcl.errors import RunError
 from pcl.images import read_image
 from pcl.loader import IndexedFolder
 
@@ -260,6 +261,12 @@ def test_data_that_cannot_work_are_one_line(pretrained, six_classes, tmp_path, c
     (data / "train" / "b" / "0.png").rename(data / "train" / "b" / "0\n1.png")
     assert "fills two lines; rename it" in told(data)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_rank_needs_an_image(monkeypatch):
+    monkeypatch.setattr(features, "get_world_size", lambda: 3)
+    with pytest.raises(RunError, match=r"2 images for 3 processes; start fewer \(--nproc\)"):
+        features.extract_features(pytest.fail, [], 2, torch.device("cpu"))
 
 
 def test_an_unreadable_image_is_one_line_during_the_work(pretrained, tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
-from pcl import figures
+from pcl import figures, plots
 from pcl.clustering import cluster
 from pcl.loader import IndexedFolder
 from pcl.run import report
@@ -44,6 +44,28 @@ def result(path, arch, weights, ap):
     path.write_text(
         json.dumps({"settings": settings, "checkpoint": checkpoint, "full": {"ap": ap, "map": ap_mean}, "low_shot": low_shot})
     )
+
+
+def test_results_of_one_name_are_all_drawn_and_each_once(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{seed}" / "svm.json" for seed in range(4)]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        result(path, "resnet18", "PCL_v2_epoch200.pth.tar", {"dog": seed / 10})
+    drawn, draw = [], plots.low_shot_curves
+    monkeypatch.setattr(plots, "low_shot_curves", lambda found: drawn.append(list(found)) or draw(found))
+    figures.draw(paths[0].parent, paths)
+    name = "resnet18, PCL_v2_epoch200, 64 pixels"
+    assert drawn[-1] == [name, *(f"{name} ({path})" for path in paths[1:])]
+
+
+def test_of_accuracies_the_curves_are_drawn(tmp_path, capsys):
+    made = {"settings": {"image_size": "64", "folder": "True"}, "checkpoint": {"arch": "pixels", "weights": "none"}}
+    assert figures.name_of(made) == "raw pixels, 64 pixels, accuracy"
+    shots = {str(k): {"mean": k / 100, "std": 0.01} for k in (1, 2, 4)}
+    (tmp_path / "few.json").write_text(json.dumps(made | {"low_shot": shots}))
+    (tmp_path / "all.json").write_text(json.dumps(made | {"full": {"accuracy": 0.7, "ap": {"accuracy": 0.7}}}))
+    run_script(figures, tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}/figures/low_shot.png\n"
 
 
 def test_every_picture_is_written_and_shows_something(six_classes, tmp_path):

@@ -21,8 +21,10 @@ def test_meters_are_means():
     meters = Meters.from_state(meters.state_over_ranks())
     meters.add(loss=torch.tensor(7.0), acc=torch.tensor(0.7, dtype=torch.float64))
     assert meters.means() == pytest.approx({"loss": 4, "acc": 0.4})
+    meters.add(2, loss=torch.tensor(1.0), acc=torch.tensor(0.7))  # a step that counts twice
+    assert meters.means() == pytest.approx({"loss": 3, "acc": 0.5})
     meters.add(loss=torch.tensor(torch.nan), acc=torch.tensor(0.4))
-    assert (meters.finite_steps, meters.steps) == (4, 5)
+    assert (meters.finite_steps, meters.steps) == (5, 6)
 
 
 def test_meters_that_nobody_asks_keep_few_figures():

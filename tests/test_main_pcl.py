@@ -15,6 +15,7 @@ from PIL import Image
 import main_pcl
 from pcl.checkpoint import LAST, load
 from pcl.clustering import Clustering
+from pcl.errors import PREEMPTED
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, launch, monitor, report
 from pcl.run.logs import Meters, claim
@@ -321,6 +322,18 @@ def test_a_run_cut_off_in_an_epoch_goes_on_to_the_bit(image_folder, finished, tm
     assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0002.pth.tar"]
     ours, whole = (next(r for r in records_of(f) if "seconds" in r and r["epoch"] == 1) for f in (tmp_path, finished))
     assert ours["loss"] == pytest.approx(whole["loss"])  # of all steps, also those before the cut
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_an_epoch_saves_also_without_save_steps(image_folder, finished, tmp_path, monkeypatch):
+    votes = iter([False, True])
+    monkeypatch.setattr(launch.Watch, "stop_voted", lambda watch: next(votes, False))
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", tmp_path, "--save-steps", 0)
+    assert stop.value.code == PREEMPTED
+    assert (load(tmp_path / LAST)["epoch"], load(tmp_path / LAST)["steps"]) == (0, 2)
+    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
+    assert_same(weights(tmp_path), weights(finished))
 
 
 @pytest.mark.slow

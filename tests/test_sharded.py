@@ -42,6 +42,13 @@ def test_clusterings_are_those_of_one_device():
         assert ours.prototypes.norm(dim=1).sub(1).abs().max() < 1e-5
 
 
+def test_what_other_threads_print_meanwhile_is_not_lost(monkeypatch, capsys):
+    search = sharded.assign
+    monkeypatch.setattr(sharded, "assign", lambda *arguments: print("stopped") or search(*arguments))
+    kmeans_sharded(unit_rows(50, 8), 50, 5, seed=0)
+    assert set(capsys.readouterr().out.splitlines()) == {"stopped"}
+
+
 def crowded():
     """280 copies of one row and 20 others: most of the centroids that are drawn are the same, and all but one run empty."""
     return torch.cat([F.normalize(torch.ones(1, 6), dim=1).repeat(280, 1), unit_rows(20, 6)])

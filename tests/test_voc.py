@@ -273,6 +273,8 @@ class Archives(http.server.BaseHTTPRequestHandler):
         content, start = self.files[self.path], 0
         if "Range" in self.headers:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(content):
+            return self.send_error(416)
         self.sent.append((self.path, start))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
@@ -320,6 +322,14 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path, server):
     with pytest.raises(VOCError, match="did not give the file of checksum"):
         voc.download(tmp_path / "new")
     assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_whole_archive_with_wrong_bytes_is_fetched_anew(tmp_path, server):
+    (tmp_path / "2007.tar").write_bytes(server.files["/2007.tar"][::-1])
+    with pytest.raises(VOCError, match="416"):
+        voc.download(tmp_path)
+    voc.download(tmp_path)
+    assert (tmp_path / "VOCdevkit" / "2007.txt").exists()
 
 
 def test_a_server_that_cannot_be_reached_is_named(tmp_path, monkeypatch):

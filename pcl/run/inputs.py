@@ -57,11 +57,13 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
 
 
 def open_labelled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFolder]:
-    """The images of data/train/<class>/ and data/val/<class>/, without a transform; stops unless the classes are the same."""
+    """The images of data/train/<class>/ and data/val/<class>/, without a transform; stops unless both have the same classes."""
     train, val = (open_folder(parser, data, split) for split in ("train", "val"))
     if train.classes != val.classes:
         name = min(set(train.classes) ^ set(val.classes))
         parser.error(f"DIR {data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
+    if len(train.classes) < 2:
+        parser.error(f"DIR {data}: train/ and val/ hold one class; folders of two or more are needed")
     return train, val
 
 
@@ -143,12 +145,10 @@ def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
         (folder / UNREADABLE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
-def check_same_images(images: IndexedFolder) -> None:
-    """RunError unless all processes, on all nodes, found the same images; every rank must call it."""
-    if not equal_on_all_ranks(images.fingerprint()):
-        raise RunError(
-            f"the processes found different images in {images.root}; give every node the same files, and start again"
-        )
+def check_same_images(folder: Path, images: IndexedFolder | None) -> None:
+    """RunError unless all processes, on all nodes, found the same images in a folder, or none; every rank must call it."""
+    if not equal_on_all_ranks(images.fingerprint() if images else 0):
+        raise RunError(f"the processes found different images in {folder}; give every node the same files, and start again")
 
 
 def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pcl import checkpoint
-from pcl.checkpoint import NAMES, CheckpointError, load, save, wrong_fields
+from pcl.checkpoint import LAST, NAMES, CheckpointError, load, save, wrong_fields
 
 
 def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
@@ -35,7 +34,7 @@ def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
 def save_numbered(folder: Path, state: Mapping[str, Any], keep: int, keep_every: int) -> None:
     """Save a finished epoch's checkpoint under its number, in place of the last one; `prune` the others."""
     save(folder / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", state)
-    (folder / checkpoint.LAST).unlink(missing_ok=True)
+    (folder / LAST).unlink(missing_ok=True)
     prune(folder, keep, keep_every)
 
 

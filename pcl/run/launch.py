@@ -30,15 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from pcl import distributed
 from pcl.cli import Parser
 from pcl.distributed import available_cores, gather, get_world_size, seed_everything, wait_for_all
-from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, reason_of
+from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, is_out_of_memory, reason_of
+from pcl.images import UnreadableImageError
 from pcl.run.preflight import Plan
 from pcl.run.rendezvous import LOOPBACK, meet, serve
 from pcl.run.watch import GRACE, Watch
 from pcl.terminal import SIGNALS, open_streams, shielded, warn
 
 LEAVE = 10.0  # seconds that processes have to end by themselves after one that failed
-# Of the allocators of torch, faiss, cuBLAS, cuDNN, NCCL and C++.
-OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 OWN_FAULT_OF_NCCL = re.compile(r"ncclUnhandledCudaError|ncclInvalid|ncclInternalError|shared memory segment")
 
 Worker = Callable[[torch.device, Namespace, Plan], None]
@@ -47,10 +46,8 @@ watch = Watch()  # of this process; started where it is one of a run
 
 def launch_or_exit(parser: Parser, worker: Worker, args: Namespace, plan: Plan) -> None:
     """`launch`; an error that the user can fix prints one line and exits with code 1."""
-    try:
+    with parser.telling(1):
         launch(worker, args, plan)
-    except USER_ERRORS as error:
-        parser.fail(1, reason_of(error))
 
 
 def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
@@ -197,7 +194,7 @@ def _join_group(device: torch.device, args: Namespace, plan: Plan) -> int:
         if place.one_node:
             loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
             os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-        store, prefix = meet(place, args.dist_timeout)
+        store, prefix = meet(place, args.dist_timeout, vars(args))
         # Numbers on the CPU (seeds, the log's means) travel by gloo, also where tensors on GPUs travel by NCCL.
         backend = "cpu:gloo,cuda:nccl" if on_gpu and args.dist_backend == "nccl" else "gloo"
         timeout = timedelta(seconds=args.dist_timeout)
@@ -212,13 +209,15 @@ def _join_group(device: torch.device, args: Namespace, plan: Plan) -> int:
 def _is_lost(error: Exception) -> bool:
     """Whether another process did not answer, and the error tells of no cause here."""
     text = str(error)
-    if OUT_OF_MEMORY.search(text) or OWN_FAULT_OF_NCCL.search(text):
+    if is_out_of_memory(error) or OWN_FAULT_OF_NCCL.search(text):
         return False
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
 
 
 def _with_remedy(error: Exception, lost: bool) -> Exception:
     """The error, or what a user can make of it."""
+    if isinstance(error, UnreadableImageError):
+        return UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable")
     if isinstance(error, RunError):
         return error
     text = str(error).strip() or type(error).__name__
@@ -226,8 +225,8 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
     line = last_of_nccl[1] if last_of_nccl else text.splitlines()[0]
     if lost:
         return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
-        return RunError(f"out of memory: lower --batch-size or --image-size ({line})")
+    if is_out_of_memory(error):
+        return RunError(reason_of(error))
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return RunError(f"--compile: {line}; leave it out, or install a C++ compiler where the CPU is the device")
     if OWN_FAULT_OF_NCCL.search(text):

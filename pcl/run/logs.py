@@ -40,34 +40,35 @@ class Meters:
     """Running means. What is added waits where it is until a mean is asked for, so that no step waits for a GPU."""
 
     def __init__(self) -> None:
-        self.steps = self._finite = 0
+        self.steps = self._finite = self._weight = 0
         self._sums: dict[str, float] = {}
-        self._waiting: list[dict[str, Tensor]] = []  # of the last steps
+        self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # of the last steps
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Meters:
         """Restore meters from `state_over_ranks`."""
         meters = cls()
-        meters.steps = meters._finite = state["steps"]
+        meters.steps = meters._finite = meters._weight = state["steps"]
         meters._sums = {name: 0.0 + total for name, total in state["sums"].items()}
         if type(meters.steps) is not int or meters.steps < 1:
             raise ValueError("meters of no step")
         return meters
 
-    def add(self, **values: Tensor) -> None:
-        """Add a scalar for each name, the same names at each step."""
-        self._waiting.append({name: value.detach() for name, value in values.items()})
+    def add(self, weight: int = 1, **values: Tensor) -> None:
+        """Add a scalar for each name, the same names at each step; it counts `weight` times."""
+        self._waiting.append((weight, {name: value.detach() for name, value in values.items()}))
         self.steps += 1
         if len(self._waiting) == 1000:  # enough memory for scalars
             self._add_up()
 
     def _add_up(self) -> None:
         if self._waiting:
-            values = torch.stack([value for step in self._waiting for value in step.values()])
-            for row in values.view(len(self._waiting), -1).tolist():
-                for name, value in zip(self._waiting[0], row, strict=True):
-                    self._sums[name] = self._sums.get(name, 0.0) + value
+            values = torch.stack([value for _, step in self._waiting for value in step.values()])
+            for (weight, step), row in zip(self._waiting, values.view(len(self._waiting), -1).tolist(), strict=True):
+                for name, value in zip(step, row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + weight * value
                 self._finite += all(map(math.isfinite, row))
+                self._weight += weight
             self._waiting = []
 
     @property
@@ -79,7 +80,7 @@ class Meters:
     def means(self) -> dict[str, float]:
         """The mean of each value since the start (waits for the device)."""
         self._add_up()
-        return {name: total / self.steps for name, total in self._sums.items()}
+        return {name: total / self._weight for name, total in self._sums.items()}
 
     def means_over_ranks(self) -> dict[str, float]:
         """`means` over all ranks; every rank must call it."""

@@ -70,8 +70,7 @@ class Monitor:
             jobs["knn_train"] = lambda: [leave_one_out_accuracy(features[:KNN_POOL], label)]
         if self.val_loader is not None:
             val_label = torch.from_numpy(self.val_loader.dataset.labels)  # type: ignore[attr-defined]
-            batches = track(self.val_loader, "monitor", len(self.val_loader))
-            rows = extract_features(model.backbone_features, batches, len(val_label), features.device)
+            rows = extract_features(model.backbone_features, track(self.val_loader, "monitor"), len(val_label), features.device)
             jobs["knn_val"] = lambda: [leave_one_out_accuracy(rows, val_label)]
         for number, im2cluster in enumerate(clustering.im2cluster.cpu() for clustering in clusterings):
             if self.label is not None:
@@ -112,8 +111,8 @@ class Monitor:
             _, ami, purity = stability
             found |= {"changed": 1 - purity, "ami_previous": ami}
         if self.record.board:
-            names = (f"clusters_{num_cluster}/size", f"clusters_{num_cluster}/concentration")
-            self.record.board.histogram(epoch, **dict(zip(names, (size, phi), strict=True)))
+            shown = {f"clusters_{num_cluster}/size": size, f"clusters_{num_cluster}/concentration": phi}
+            self.record.board.histogram(epoch, **shown)
         return {f"clusters_{num_cluster}/{name}": value for name, value in found.items()}
 
 

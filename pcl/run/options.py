@@ -31,7 +31,7 @@ def add_training(
                        help="images in a step, a total over this node's training processes")
     group.add_argument("--lr", type=lr_type, default=lr, metavar="LR", help=lr_help)
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
-                       help="epochs at which the learning rate falls to a tenth")
+                       help="epochs at which the learning rate falls, by default to a tenth")
     group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="of SGD")
     group.add_argument("--wd", "--weight-decay", dest="wd", type=cli.nonnegative_float, default=wd, metavar="WD",
                        help="weight decay")
@@ -73,21 +73,21 @@ def add_speed(parser: Parser) -> None:
                        help="torch.compile for the encoders: fewer kernels to launch, after minutes of compiling")
     group.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
                        help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
-                       "sharded leaves features on their rank, for very many images")
+                       "sharded leaves features on their process, for very many images")
     group.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
 
 
 def add_small_data(parser: Parser) -> None:
     """The options of pre-training that change the mathematics."""
     group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
-    group.add_argument("--fit", type=integer(40), metavar="N",
+    group.add_argument("--fit", type=integer(60), metavar="N",
                        help="for N images, set what is not given of --num-cluster, --pcl-r, -b, --lr, --moco-m, --warmup-epoch")
     group.add_argument("--small-stem", action="store_true",
                        help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
     group.add_argument("--bn-splits", type=positive, default=1, metavar="S",
                        help="BatchNorm statistics over each of S groups of a process's batch, as over S GPUs")
     group.add_argument("--mask-duplicates", action="store_true",
-                       help="an image's own prototype is no negative of it where it is another image's of the batch too")
+                       help="if images of a batch share a prototype, it is no negative of theirs")
     group.add_argument("--kmeans-every", type=positive, default=1, metavar="E",
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
     group.add_argument("--fixed-phi", action="store_true",
@@ -146,7 +146,7 @@ def add_backbone(parser: Parser) -> None:
     group.add_argument("-a", "--arch", metavar="NAME", choices=architectures(),
                        help="by default the one that the file names; resnet50 for random weights")
     group.add_argument("--small-stem", action="store_true",
-                       help="random weights with the stem of main_pcl.py --small-stem; a file tells by itself")
+                       help="with --random-init, the stem of main_pcl.py --small-stem; a checkpoint's own is recognized")
     group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
                        help="side of the center crop, which comes from 8/7 of it")
 
@@ -159,14 +159,10 @@ def add_output(parser: Parser) -> None:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int, *first: float) -> float:
     """Give each group of the optimizer the epoch's learning rate, return the last; `first`: each group's at epoch 0."""
+    factor = learning_rate_factor(args, epoch)
     for group, lr in zip(optimizer.param_groups, first or [args.lr], strict=True):
-        group["lr"] = lr * learning_rate_factor(args, epoch)
-    return lr * learning_rate_factor(args, epoch)
-
-
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Of a whole epoch (from 0): `lr` times the epoch's factor."""
-    return args.lr * learning_rate_factor(args, epoch)
+        group["lr"] = lr * factor
+    return lr * factor
 
 
 def learning_rate_factor(args: argparse.Namespace, epoch: int) -> float:

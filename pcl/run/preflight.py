@@ -120,6 +120,8 @@ def check_output(parser: Parser, args: Namespace) -> None:
     """Stop if the result could not be written after all the work."""
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
+    if args.output and args.output.exists() and not os.access(args.output, os.W_OK):
+        parser.error(f"--output: no right to write {args.output}; name another file")
     if args.output:
         check_folder(parser, "--output", args.output.parent)
 

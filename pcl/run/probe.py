@@ -44,7 +44,7 @@ class Head:
 class Probe:
     """A network and the heads on its features."""
 
-    backbone: nn.Module  # (B, 3, H, W) -> (B, C), in eval mode
+    backbone: nn.Module  # (B, 3, H, W) -> (B, C)
     heads: list[Head]
     source: dict[str, str]  # where the backbone comes from
 

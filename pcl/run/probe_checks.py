@@ -27,6 +27,11 @@ def check(parser: Parser, args: Namespace) -> Plan:
     plan = preflight.check_launch(parser, args)
     several = len(args.lr) > 1
     checks = (
+        (args.evaluate and not args.resume, "--evaluate: name the finished probe with --resume"),
+        (
+            args.pixels and args.resume,
+            "--resume: a probe of --pixels cannot go on; leave it out, and take a new --id",
+        ),
         (args.finetune and args.pixels, "--finetune: --pixels has no weights to train; leave one of them out"),
         (args.finetune and several, "--lr: --finetune trains one network; give one learning rate"),
         (args.lr_backbone and not args.finetune, "--lr-backbone is an option of --finetune; leave it out, or give that too"),
@@ -38,9 +43,6 @@ def check(parser: Parser, args: Namespace) -> Plan:
         if wrong:
             raise RunError(message)
     train, val = inputs.open_labelled(parser, args.data)
-    if len(train.classes) < 2:
-        found = f"{len(train.classes)} classes; the probe needs folders of two or more in train/ and val/"
-        raise RunError(f"DIR {args.data}: {found}")
     check_images(args, plan, train, val)
     preflight.check_output(parser, args)
     for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):

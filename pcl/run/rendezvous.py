@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -25,6 +27,11 @@ LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # the mpiexec of MPICH and Intel MPI
 )
 LOOPBACK = "127.0.0.1"
+# Options that may differ from node to node or from process to process: paths, cores, the place itself.
+OWN = {
+    "data", "exp_dir", "resume", "init", "pretrained", "subset", "output", "workers", "gpu", "rank", "local_rank", "dist_url",
+    "nproc", "multiprocessing_distributed", "dist_timeout", "print_freq",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,12 +148,14 @@ def serve(host: str, port: int, seconds: float) -> dist.TCPStore:
     )  # fmt: skip
 
 
-def meet(place: Place, seconds: float) -> tuple[dist.Store, str]:
+def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) -> tuple[dist.Store, str]:
     """Wait until all processes are here. Returns their store, and the prefix of its keys.
 
     Raises:
-        RunError: the port is in use, not all came within `seconds`, or they do not fit together.
+        RunError: the port is in use, not all came within `seconds`, or they do not fit together: other numbers of processes,
+            other `options`.
     """
+    given = {name: str(value) for name, value in (options or {}).items() if name not in OWN}
     where, within = f"--dist-url tcp://{place.host}:{place.port}", f"within {seconds:g} s (--dist-timeout)"
     serves, end = place.rank == 0 and not place.hosted, time.monotonic() + seconds
     try:
@@ -159,10 +168,16 @@ def meet(place: Place, seconds: float) -> tuple[dist.Store, str]:
         # The store of torchrun's agent still holds the words of the processes of an earlier attempt.
         prefix = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         words, plan = dist.PrefixStore(prefix, store), f"{place.world} processes, {place.local_world} on each node"
+        others = json.loads(words.compare_set("options", "", json.dumps(given)))
+        differ = [(name, others.get(name), value) for name, value in given.items() if others.get(name) != value]
         if (other := words.compare_set("plan", "", plan).decode()) != plan:
             words.set("problem", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
         elif words.add(f"process/{place.rank}", 1) > 1:
             words.set("problem", f"two processes are number {place.rank} of {place.world}; give each node its own --rank")
+        elif differ:
+            name, first, second = differ[0]
+            told = f"--{name.replace('_', '-')} is {first} on one node, {second} on another"
+            words.set("problem", f"{told}; give all the same options")
         words.add("came", 1)
         while place.rank == 0 and not words.check(["verdict"]):
             came, hopeless = words.add("came", 0), words.check(["problem"])

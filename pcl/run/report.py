@@ -16,7 +16,7 @@ from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import kept
 from pcl.run.logs import Meters, RunLog, describe_machine, log, versions
-from pcl.run.options import FITTED, learning_rate
+from pcl.run.options import FITTED, learning_rate_factor
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
 
@@ -53,10 +53,8 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
-def advise(means: dict[str, float], args: Namespace, first: bool = True) -> None:
+def advise(means: dict[str, float], args: Namespace) -> None:
     """Say, after the first epoch, whether loading or computing holds this run up, and what would help."""
-    if not first:
-        return
     waiting, cores = means["data_seconds"] / means["seconds"], available_cores()
     if waiting < 0.1:
         remedy = "a faster or further GPU" + ", or on new ones --amp bf16 --channels-last" * (args.amp == "off")
@@ -65,7 +63,7 @@ def advise(means: dict[str, float], args: Namespace, first: bool = True) -> None
     if args.workers < cores:
         remedy = f"more loader processes (-j {args.workers} of {cores} cores)"
     elif args.augment_on == "workers":
-        remedy = "--augment-on device, which leaves the loader's processes a fifth of their work"
+        remedy = "--augment-on device, which leaves the loader's processes a quarter of their work"
     else:
         remedy = "faster storage, smaller image files or more cores"
     log(f"waiting for data takes {waiting:.0%} of the time; what would help: {remedy}")
@@ -87,7 +85,7 @@ def warn_if_collapsed(features: torch.Tensor, epoch: int, images: IndexedFolder)
     """Say so if the unit-length features (N, C) of all images are the same, after the first epoch."""
     if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:
         same = ", and so are the images"
-        why = same if look_alike(images) else " (collapsed); lower --lr, or see the README's settings"
+        why = same if look_alike(images) else " (collapsed); lower --lr, or see docs/settings.md"
         log(f"warning: the features of all images are almost the same{why}")
 
 
@@ -125,7 +123,7 @@ def remedy(args: Namespace, plan: Plan, epoch: int, step: int = 0) -> str:
         return "since the images are all the same, which leaves BatchNorm nothing to divide by; give other images"
     good = kept.newest(args.exp_dir)
     then = f"go on with --resume {good}" if good else "start again"
-    return f"at learning rate {learning_rate(args, epoch):g}; lower --lr, and {then}"
+    return f"at learning rate {args.lr * learning_rate_factor(args, epoch):g}; lower --lr, and {then}"
 
 
 def look_alike(images: IndexedFolder) -> bool:
