@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,7 @@ def parse(parser: cli.Parser) -> argparse.Namespace:
 
 def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     """Train and score, in each process of the group."""
-    other_start = f"the processes go on from different checkpoints; {RESULTS / args.id} must be one folder for all nodes"
+    other_start = f"the processes begin with different checkpoints; {RESULTS / args.id} must be one folder for all nodes"
     if not equal_on_all_ranks(plan.epoch):
         raise RunError(other_start)
     evaluate = args.evaluate or plan.epoch >= args.epochs
@@ -118,7 +119,8 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     train_set = IndexedFolder(train_root, crop_view(args.image_size), plan.seed, skip=plan.unreadable)
     val_set = IndexedFolder(val_root, center_view(args.image_size), skip=plan.unreadable)
     model = open_probe(args, train_set.classes)
-    if not equal_on_all_ranks(hash(tuple(head.epoch for head in model.heads))):
+    start = [model.source.get("sha256"), *(head.epoch for head in model.heads)]
+    if not equal_on_all_ranks(zlib.crc32(repr(start).encode())):
         raise RunError(other_start)
     model.backbone.to(device).requires_grad_(args.finetune)
     for head in model.heads:

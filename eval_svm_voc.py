@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from pcl import checkpoint, cli, svm, voc
+from pcl import cli, svm, voc
 from pcl.augment import center_view
 from pcl.distributed import available_cores, seed_everything
 from pcl.features import extract_features
@@ -84,10 +84,8 @@ def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, d
         parser.error(f"DIR {args.data}: no such folder; --download makes it")
     preflight.check_output(parser, args)
     seed_everything(args.seed)  # random weights are to be the same each time
-    try:
+    with parser.telling(2):
         network, source = inputs.open_backbone(args)
-    except checkpoint.CheckpointError as error:
-        parser.error(str(error))
     try:
         train, test = open_splits(parser, args)
         check(train, test, max(SHOTS) if args.low_shot else 1)

@@ -166,7 +166,7 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
             if progress.epoch < args.epochs and launch.watch.last_vote():
                 launch.watch.leave_saved()
         if epoch == plan.epoch:
-            report.advise(means, args)
+            report.advise(means, args, plan)
     if is_main() and args.monitor_freq:
         report.draw_pictures(args.exp_dir)
 

@@ -63,8 +63,10 @@ def normalize(images: Tensor) -> Tensor:
     The result is to the bit that of torchvision's ToTensor and Normalize. Called on the batch's device, a quarter of the bytes
     travel there. TypeError: images of another dtype, which may be normalized already.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images are {images.dtype}; uint8 in 0..255 is needed")
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError(f"images are {getattr(images, 'dtype', type(images))}; a tensor of uint8 in 0..255 is needed")
+    if images.dim() < 3 or images.shape[-3] != 3:
+        raise ValueError(f"images have the shape {tuple(images.shape)}; it must be (..., 3, H, W)")
     white, mean, std = pixel_statistics(images.device)
     return images.float().div_(white).sub_(mean).div_(std)
 

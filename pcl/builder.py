@@ -94,7 +94,7 @@ class MoCo(nn.Module):
     def _enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest keys by (W * B, C) new ones, wrapping around the end; the host never waits."""
         place = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.r
-        self.queue.index_copy_(1, place, keys.T)
+        self.queue.index_copy_(1, place, keys.T.to(self.queue.dtype))
         self.queue_ptr.add_(len(keys)).remainder_(self.r)
 
     @torch.no_grad()
@@ -148,7 +148,8 @@ def split_batch_norm(network: nn.Module, splits: int) -> None:
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
-                split = SplitBatchNorm2d(splits, child.num_features, child.eps, child.momentum or 0.1)
+                momentum = 0.1 if child.momentum is None else child.momentum
+                split = SplitBatchNorm2d(splits, child.num_features, child.eps, momentum)
                 for part, value in [*child.named_parameters(), *child.named_buffers()]:
                     setattr(split, part, value)  # the very tensors: a frozen weight stays frozen
                 setattr(parent, name, split.train(child.training))

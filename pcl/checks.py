@@ -31,7 +31,7 @@ def above_zero(name: str, value: Any) -> float:
     """Take a finite number above 0. ValueError: anything else."""
     try:
         number = float(value)
-    except (RuntimeError, TypeError, ValueError):
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         number = math.nan
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, not {value!r:.60}")
@@ -73,12 +73,12 @@ def tensors(**arguments: tuple[Any, str]) -> list[Tensor]:
 
 def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_complex() or value.is_quantized or value.is_meta:
+        if value.layout != torch.strided or value.is_nested or value.is_complex() or value.is_quantized or value.is_meta:
             raise TypeError(f"{name} must be a dense tensor of real numbers")
         return value
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is no array: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, not {array.dtype}")

@@ -19,8 +19,8 @@ from pcl.terminal import printable
 class Parser(argparse.ArgumentParser):
     """Prints defaults in the help, and an error as one line without the usage."""
 
-    def __init__(self, description: str | None = None, prog: str | None = None) -> None:
-        super().__init__(prog, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    def __init__(self, description: str | None = None, prog: str | None = None, **options: Any) -> None:
+        super().__init__(prog, description=description, formatter_class=_Formatter, allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

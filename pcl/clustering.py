@@ -34,7 +34,7 @@ LARGEST = 1e15  # of a feature, so that its square is far within float32
 Array = Tensor | np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clustering:
     """One granularity of the E-step; the published code's `im2cluster`, `centroids` and `density`."""
 
@@ -69,14 +69,13 @@ def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperat
         clipped to their 10th and 90th percentile.
     """
     distance, im2cluster = tensors(distance=(distance, "n"), im2cluster=(im2cluster, "int n"))
-    num_cluster, temperature = integer("num_cluster", num_cluster, least=1), above_zero("temperature", temperature)
+    num_cluster, temperature = integer("num_cluster", num_cluster, 1, 2**31 - 1), above_zero("temperature", temperature)
     below("im2cluster", im2cluster.cpu(), num_cluster)
     if not ((distance >= 0) & distance.isfinite()).all():
         raise ValueError("distance must hold finite numbers of at least 0")
-    if alpha != 0:
-        above_zero("alpha", alpha)
+    alpha = 0.0 if isinstance(alpha, int | float) and alpha == 0 else above_zero("alpha", alpha)
     size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
-    spread = torch.bincount(im2cluster, weights=distance.double(), minlength=num_cluster)  # (K,)
+    spread = torch.bincount(im2cluster, weights=distance.detach().double(), minlength=num_cluster)  # (K,)
     return concentration_of_sums(size, spread, temperature, alpha).to(distance.dtype)
 
 
@@ -230,7 +229,7 @@ def cluster_all(
 
 def cluster(features: Array, num_cluster: int, temperature: float, seed: int = 0) -> Clustering:
     """`cluster_all` for a single granularity."""
-    return cluster_all(features, [num_cluster], temperature, [seed])[0]
+    return cluster_all(features, [integer("num_cluster", num_cluster, least=1)], temperature, [seed])[0]
 
 
 def jobs_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images: int) -> list[tuple[int, int, int]]:
@@ -238,10 +237,11 @@ def jobs_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images
     num_clusters = [integer("num_clusters", k, least=1) for k in np.ravel(np.asarray(num_clusters, dtype=object))]
     if max(num_clusters, default=0) > num_images:
         raise ValueError(f"num_clusters: {max(num_clusters)} clusters of {num_images} images; ask for at most as many")
-    seeds = range(len(num_clusters)) if seeds is None else seeds  # as published
-    if len(seeds) != len(num_clusters):
-        raise ValueError(f"seeds: {len(seeds)} of them for {len(num_clusters)} granularities")
-    return [(k, seed, restart) for k, seed in zip(num_clusters, seeds, strict=True) for restart in range(RESTARTS)]
+    places = range(len(num_clusters))  # the seeds as published
+    given = [integer("seeds", seed, -np.inf) for seed in np.ravel(np.asarray(places if seeds is None else seeds, dtype=object))]
+    if len(given) != len(num_clusters):
+        raise ValueError(f"seeds: {len(given)} of them for {len(num_clusters)} granularities")
+    return [(k, seed, restart) for k, seed in zip(num_clusters, given, strict=True) for restart in range(RESTARTS)]
 
 
 def held_by_float32(

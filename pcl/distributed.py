@@ -108,6 +108,8 @@ def talking_device() -> str:
 def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
     """Rows rank, rank + W, rank + 2W, ... of each rank -> all (total, ...) rows in order."""
     world = get_world_size()
+    if world == 1:
+        return tensor[:total]
     longest = -(-total // world)
     padded = tensor.new_zeros(longest, *tensor.shape[1:])
     padded[: len(tensor)] = tensor

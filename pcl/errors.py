@@ -28,10 +28,16 @@ def reason_of(error: BaseException) -> str:
     """One line that says what went wrong."""
     if isinstance(error, RunError):
         return str(error)
+    if is_out_of_memory(error):
+        return f"out of memory: lower --batch-size or --image-size ({line_of(error)})"
     if isinstance(error, OSError) and error.strerror:
         remedy = "; raise the limit (ulimit -n 4096)" if error.errno == errno.EMFILE else ""
         return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
-    if is_out_of_memory(error):
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"out of memory: lower --batch-size or --image-size ({line})"
     return f"{type(error).__name__}: {error}"
+
+
+def line_of(error: BaseException) -> str:
+    """The line of an error that says most: NCCL's last one, of others the first."""
+    text = str(error).strip() or type(error).__name__
+    last_of_nccl = re.search(r"Last error:\s*(.+)", text)
+    return last_of_nccl[1] if last_of_nccl else text.splitlines()[0]

@@ -23,7 +23,6 @@ from torch import Tensor
 from pcl import cli
 from pcl.augment import MEAN, STD
 from pcl.checkpoint import CheckpointError, load_backbone, trained_at, write_whole
-from pcl.errors import RunError
 from pcl.networks import architectures, has_small_stem, takes_small_stem
 from pcl.terminal import tell
 
@@ -66,7 +65,7 @@ def get_parser() -> cli.Parser:
     return parser
 
 
-def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
+def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> list[str]:
     """Write a checkpoint's backbone to `out`, whose ending says for which library.
 
     Returns:
@@ -75,6 +74,7 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
     Raises:
         RunError: a checkpoint, an ending or an architecture that cannot be exported so; a full disk.
     """
+    out = Path(out)
     if out.suffix not in WRITERS:
         raise CheckpointError(f"{out}: give it the ending .pth, .safetensors or .pkl, or none for timm's folder")
     if out.exists() or not out.parent.is_dir():
@@ -97,9 +97,8 @@ def export(checkpoint: Path, out: Path, arch: str | None = None) -> list[str]:
         write_whole(file, lambda opened: WRITERS[out.suffix](weights, opened))
         if not out.suffix:
             write_whole(out / "config.json", lambda opened: opened.write(json.dumps(config, indent=2).encode()))
-    except RunError:
-        if not out.suffix:  # half of it would be in the way of the same command
-            shutil.rmtree(out, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # half a folder would be in the way of the same command
         raise
     lines = [f"{out}: {arch} without its fc. To load it:"]
     if not out.suffix:

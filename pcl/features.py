@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def extract_features(
 
     Args:
         network: (B, 3, H, W) -> (B, C), in eval mode.
-        loader: batches of this rank's images (`pcl.loader.indices_of_rank`), uint8, and their indices.
+        loader: batches of this rank's images (`pcl.loader.indices_of_rank`), uint8, and their indices, which rise.
         num_images: N, on all ranks together.
         device: where the network is.
 
@@ -70,6 +69,8 @@ def extract_share(
             features = batch.new_empty(num_images, batch.shape[1], dtype=torch.float32)
         features[done : done + len(batch)] = batch
         done += len(batch)
+    if done != num_images:
+        raise ValueError(f"num_images: the loader has {done} images for this process, not {num_images}")
     return features
 
 
@@ -152,21 +153,19 @@ def main() -> None:
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
         check(splits, args.num_cluster, args.logistic)
-        folder = ExitStack()
-        folder.enter_context(claim(args.out))
-    with folder, parser.telling(1):
-        features = {}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        for name, images in splits.items():
-            loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
-            batches = tqdm(loader, name, leave=False, disable=None)
-            features[name] = extract_features(network.to(device), batches, len(images), device)
-        if args.momentum:
-            features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
-        kind = "momentum" if args.momentum else "backbone"
-        made: dict[str, str | int] = {"checkpoint": str(args.checkpoint), "arch": arch, "features": kind}
-        made |= {"image_size": size, "data": str(args.data)}
-        evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
+        with claim(args.out), parser.telling(1):
+            features = {}
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            for name, images in splits.items():
+                loader = make_loader(images, range(len(images)), args.batch_size, min(args.workers, available_cores()))
+                batches = tqdm(loader, name, leave=False, disable=None)
+                features[name] = extract_features(network.to(device), batches, len(images), device)
+            if args.momentum:
+                features = {name: F.normalize(rows, dim=1) for name, rows in features.items()}
+            kind = "momentum" if args.momentum else "backbone"
+            made: dict[str, str | int] = {"checkpoint": str(args.checkpoint), "arch": arch, "features": kind}
+            made |= {"image_size": size, "data": str(args.data)}
+            evaluate(args.out, made, features, splits, args.data, args.num_cluster, args.logistic)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,10 @@ class IndexedFolder(Dataset):
 
     def names(self, folder: str | Path | None = None) -> list[str]:
         """Each image's file relative to `folder`, by default the root."""
-        start = len(self.path(0)) - len(os.path.relpath(self.path(0), folder or self.root))
+        relative = os.path.relpath(self.path(0), folder or self.root)
+        if relative.startswith(".."):
+            raise ValueError(f"folder {folder} does not hold the images of {self.root}")
+        start = len(self.path(0)) - len(relative)
         return [os.fsdecode(path)[start:] for path in self._paths.tolist()]
 
     def fingerprint(self) -> int:

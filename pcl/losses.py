@@ -32,7 +32,7 @@ def instance_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> 
     """
     q, k, queue = tensors(q=(q, "B C"), k=(k, "B C"), queue=(queue, "C r"))
     if not isinstance(temperature, Tensor):
-        above_zero("temperature", temperature)
+        temperature = above_zero("temperature", temperature)
     own = (q * k).sum(dim=1, keepdim=True)  # (B, 1)
     logits = torch.cat([own, q @ queue], dim=1) / temperature  # (B, 1 + r)
     return logits, torch.zeros(len(q), dtype=torch.long, device=q.device)
@@ -46,7 +46,7 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
         only if there are fewer than r + B prototypes, since the length then depends on the batch.
     """
     (positive,) = tensors(positive=(positive, "int B"))
-    num_prototypes, r = integer("num_prototypes", num_prototypes, least=1), integer("r", r)
+    num_prototypes, r = integer("num_prototypes", num_prototypes, 1, 2**31 - 1), integer("r", r)
     below("positive", positive, num_prototypes)
     negative, other = _draw(positive, num_prototypes, r)
     return negative if other is None else negative[other]
@@ -80,6 +80,8 @@ def prototype_logits(
         q=(q, "B C"), positive=(positive, "int B"), negative=(negative, "int r"),
         prototypes=(clustering.prototypes, "K C"), concentration=(clustering.concentration, "K"),
     )  # fmt: skip
+    for name, ids in (("positive", positive), ("negative", negative)):
+        below(name, ids, len(prototypes))
     chosen = torch.cat([positive, negative])  # (B + r,)
     # On a CPU index_select takes a sixth of the time of an index in brackets.
     logits = q @ prototypes.index_select(0, chosen).T / phi.index_select(0, chosen)  # (B, B + r)
@@ -103,17 +105,18 @@ def prototype_loss(
 
     Returns:
         the loss and the fraction of queries whose target is their largest logit, both scalars, the second without gradient.
-        Of images that share a prototype only the first counts, as published.
+        Without `mask_duplicates`, only the first of images that share a prototype counts, as published.
     """
     q, index = tensors(q=(q, "B C"), index=(index, "int B"))
     r = integer("r", r)
-    clusterings = clusterings if isinstance(clusterings, Sequence) else [clusterings]
-    if not clusterings:
+    granularities: list[Clustering] = [clusterings] if hasattr(clusterings, "im2cluster") else list(clusterings)  # type: ignore
+    if not granularities:
         raise ValueError("clusterings is empty")
     losses, hits = [], []
-    for clustering in clusterings:
-        below("index", index, len(clustering.im2cluster))
-        positive = clustering.im2cluster[index.to(clustering.im2cluster.device)].to(q.device)  # (B,)
+    for clustering in granularities:
+        (im2cluster,) = tensors(im2cluster=(clustering.im2cluster, "int N"))
+        below("index", index, len(im2cluster))
+        positive = im2cluster[index.to(im2cluster.device)].to(q.device)  # (B,)
         negative, other = _draw(positive, clustering.num_used, r)  # (r,), (r,)
         logits, target = prototype_logits(q, positive, negative, clustering, mask_duplicates)  # (B, B + r)
         if other is not None:  # fewer than r others: those drawn beyond them take no part

@@ -1,7 +1,7 @@
 """Top-k, nearest-neighbour and one-shot accuracy, agreement of clusters and labels, average precision.
 
-Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours. Features may have any length;
-labels are any integers. An argument that cannot be right raises a TypeError or ValueError that names it.
+Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours. Features may have any length whose
+square float32 holds; labels are any integers. An argument that cannot be right raises a TypeError or ValueError that names it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def leave_one_out_accuracy(
     features, label = tensors(features=(features, "N C"), label=(label, "int N"))
     if len(features) < 2:
         raise ValueError("features holds one image; there are no others to classify it by")
+    if not features.isfinite().all():
+        raise ValueError("features must hold finite numbers")
     order = np.random.default_rng(integer("seed", seed)).permutation(len(features))
     chosen = torch.from_numpy(order[: integer("most", most, 1)]).to(features.device)  # (Q,)
     features = F.normalize(features.detach(), dim=1)
@@ -90,12 +92,13 @@ def _vote_accuracy(labelled: list[Tensor], k: int, temperature: float, itself: T
     # One more neighbour, since an image is its own nearest one (or one of several equal ones).
     count = min(k + (itself is not None), len(known))
     cosine, near = nearest_neighbours(known, query, count, known.device)  # (Q, count)
-    weight = (cosine / temperature).exp()
     if itself is not None:
         own = near == itself[:, None]
-        weight[own] = 0
+        cosine[own] = -torch.inf
         if count > k:
-            weight[~own.any(dim=1), -1] = 0
+            cosine[~own.any(dim=1), -1] = -torch.inf
+    # At most 1: float32 does not hold exp(1 / 0.01).
+    weight = ((cosine - cosine.amax(dim=1, keepdim=True)) / temperature).exp()
     votes_for, truth = known_label.cpu()[near], label.cpu()
     labels, code = torch.cat([votes_for.flatten(), truth]).unique(return_inverse=True)
     votes_for, truth = code[: near.numel()].view_as(near), code[near.numel() :]
@@ -120,12 +123,12 @@ def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarra
     table = contingency_matrix(im2cluster.cpu(), label.cpu(), sparse=True)
     size, shown = np.asarray(table.sum(axis=1)).ravel(), np.asarray(table.sum(axis=0)).ravel()
     purity = float(table.max(axis=1).sum() / table.sum())
-    if len(size) == len(shown) == 1:
+    if table.nnz == len(size) == len(shown):  # the same
         return {"nmi": 1.0, "ami": 1.0, "purity": purity}
     mutual = mutual_info_score(None, None, contingency=table)
     entropy = [-float(np.sum(p * np.log(p))) for p in (size / size.sum(), shown / shown.sum())]
     mean, chance = np.mean(entropy), _expected_mutual_information(size, shown)
-    tiny = np.finfo(float).eps  # where each image is a cluster of its own, chance reaches the mean
+    tiny = np.finfo(float).eps
     return {"nmi": float(mutual / mean), "ami": float((mutual - chance) / max(mean - chance, tiny)), "purity": purity}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ from pcl.clustering import (
 )
 from pcl.distributed import gather_interleaved, get_rank, get_world_size, sum_over_ranks
 
-contrib.print = contrib.print_nop  # it prints even if it is not verbose
+# faiss's function with a `print` that does nothing: it prints even if it is not verbose.
+kmeans = FunctionType(
+    contrib.kmeans.__code__, vars(contrib) | {"print": contrib.print_nop}, "kmeans", contrib.kmeans.__defaults__
+)
 TILE = 4096, 2048  # images and centroids whose distances a GPU holds at once: 32 MiB, which its cache may keep
 
 
@@ -105,7 +109,7 @@ def kmeans_sharded(
         world = get_world_size()
         features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
     options = {"niter": ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
-    centroids, steps = contrib.kmeans(num_cluster, RankAssign(features, start, tf32), **options)
+    centroids, steps = kmeans(num_cluster, RankAssign(features, start, tf32), **options)
     return steps[-1]["obj"], centroids.float()
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker, util
 from typing import Any, NoReturn, TextIO
 
@@ -33,8 +34,13 @@ def open_streams() -> None:
     """Where a process begins: make stdout and stderr safe to print to.
 
     Those that are closed become /dev/null. Otherwise the next file that is opened would take their place, and with it what is
-    printed.
+    printed. Raises the limit of open files, of which each loader process takes a few, to what this process may have.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(ValueError, OSError):  # macOS names a limit that it does not give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)

@@ -136,8 +136,9 @@ def download(root: str | Path) -> None:
             try:
                 _fetch(url, archive)
             except (OSError, http.client.HTTPException) as error:
-                if getattr(error, "code", 0) == 416:  # it has all its bytes, and some are wrong
+                if getattr(error, "code", 0) == 416:
                     archive.unlink()
+                    raise VOCError(f"{archive} had all its bytes, and some were wrong; it was removed, try again") from error
                 raise VOCError(f"{url} cannot be fetched: {error}; the same command goes on from here") from error
             if not check_integrity(str(archive), md5):
                 archive.unlink()

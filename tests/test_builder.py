@@ -260,3 +260,9 @@ def test_the_momentum_update_is_the_plain_one_to_the_bit(device):
     for parameter, value, place in zip(model.encoder_k.parameters(), expected, places, strict=True):
         assert torch.equal(parameter, value)
         assert parameter.data_ptr() == place
+
+
+def test_a_model_in_double_precision_trains():
+    model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=8, r=16).double()
+    q, k, queue = model(*torch.rand(2, 4, 3, 32, 32, dtype=torch.float64))
+    assert (q.shape, k.shape, queue.dtype) == ((4, 8), (4, 8), torch.float64)

@@ -335,6 +335,13 @@ def test_a_machine_without_a_loopback_interface_says_so(monkeypatch):
         launch.launch(pytest.fail, alone(nproc=2), plan_of(alone(nproc=2)))
 
 
+@pytest.mark.parametrize(("on_node", "task", "cores"), [("128", True, 16), ("16", True, 2), ("", True, 2), ("128", False, 2)])
+def test_a_process_has_its_part_of_the_cores_or_those_that_it_is_bound_to(monkeypatch, on_node, task, cores):
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", on_node)
+    monkeypatch.setattr(rendezvous, "available_cores", lambda: 16)
+    assert rendezvous.Place(local_world=8, is_task=task).cores == cores
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "told"),

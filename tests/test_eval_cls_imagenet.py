@@ -106,7 +106,7 @@ def test_nodes_that_go_on_from_different_checkpoints_are_stopped(six_classes, tm
     with pytest.raises(SystemExit) as stop:
         script(six_classes, "--random-init", "--id", "x")
     assert stop.value.code == 1
-    assert "go on from different checkpoints; Linear_eval/x must be one folder for all nodes\n" in capsys.readouterr().err
+    assert "begin with different checkpoints; Linear_eval/x must be one folder for all nodes\n" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

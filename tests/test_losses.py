@@ -179,3 +179,14 @@ def test_one_clustering_will_do_and_queries_in_bfloat16():
     assert torch.equal(losses[0], losses[1])
     torch.testing.assert_close(losses[2], losses[0], rtol=0.05, atol=0)
     assert losses[2].dtype == torch.float32
+
+
+def test_numbers_that_cannot_be_right_are_named():
+    clustering, q, index = random_clustering(20, 6, 8), unit(4, 8, dim=1), torch.tensor([0, 5, 10, 15])
+    with pytest.raises(ValueError, match="negative must hold numbers from 0 to 5"):
+        prototype_logits(q, clustering.im2cluster[index], torch.tensor([6]), clustering)
+    for temperature in ("x", 10**400, -1):
+        with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+            instance_logits(q, q, unit(8, 5, dim=0), temperature)
+    several = prototype_loss(q, index, (c for c in [clustering]), 100)[0]
+    torch.testing.assert_close(several, prototype_loss(q, index, clustering, 100)[0])

@@ -17,7 +17,7 @@ from pcl.checkpoint import LAST, load
 from pcl.clustering import Clustering
 from pcl.errors import PREEMPTED
 from pcl.loader import IndexedFolder
-from pcl.run import inputs, launch, monitor, report
+from pcl.run import inputs, launch, monitor, rendezvous, report
 from pcl.run.logs import Meters, claim
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress
@@ -591,18 +591,18 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, places, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("seconds", "options", "expected"),
+    ("seconds", "workers", "options", "expected"),
     [
-        (0.5, [], "computing takes 95% of the time"),
-        (4, ["-j", "3"], "waiting for data takes 40% of the time; what would help: more loader processes (-j 3 of 8 cores)"),
-        (4, ["-j", "8"], "--augment-on device"),
-        (4, ["-j", "8", "--augment-on", "device"], "faster storage"),
+        (0.5, 8, [], "computing takes 95% of the time"),
+        (4, 3, [], "waiting for data takes 40% of the time; what would help: more loader processes (-j 3 of 8 cores)"),
+        (4, 8, [], "--augment-on device"),
+        (4, 8, ["--augment-on", "device"], "faster storage"),
     ],
 )
-def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, options, expected):
-    monkeypatch.setattr(report, "available_cores", lambda: 8)
+def test_a_run_says_what_limits_it(monkeypatch, capsys, seconds, workers, options, expected):
+    monkeypatch.setattr(rendezvous, "available_cores", lambda: 8)
     args = main_pcl.get_parser().parse_args(["DIR", *options])
-    report.advise({"data_seconds": seconds, "seconds": 10}, args)
+    report.advise({"data_seconds": seconds, "seconds": 10}, args, Plan(workers=workers))
     out = capsys.readouterr().out
     assert expected in out
     assert out.count("\n") == 1

@@ -196,3 +196,18 @@ def test_average_precision_of_nothing_is_an_error():
         average_precision(np.array([-1, 0]), np.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="finite"):
         average_precision(np.array([1, 0]), np.array([np.nan, 0.2]))
+
+
+@pytest.mark.parametrize("count", [2, 5, 100])
+def test_equal_clusterings_agree_entirely_also_where_each_image_is_one(count):
+    found = cluster_agreement(torch.arange(count), torch.arange(count).flip(0))
+    assert found == pytest.approx({"nmi": 1, "ami": 1, "purity": 1})
+
+
+def test_neighbours_at_a_small_temperature_are_the_nearest_ones():
+    known, label = torch.randn(40, 8), torch.arange(40) % 4
+    for temperature in (0.1, 0.01, 0.001):
+        assert knn_accuracy(known, label, known, label, k=20, temperature=temperature) == 1.0
+    assert leave_one_out_accuracy(known, label, 20, 1e-4) == leave_one_out_accuracy(known, label, 1)
+    with pytest.raises(ValueError, match="features must hold finite numbers"):
+        leave_one_out_accuracy(known / 0, label)

@@ -50,3 +50,12 @@ def test_what_commands_a_terminal_is_escaped(capsys, text, shown):
     terminal.tell(text)
     terminal.warn(text)
     assert capsys.readouterr() == (shown + "\n", shown + "\n")
+
+
+@pytest.mark.parametrize(("before", "after"), [((1024, 2**20), 2**16), ((1024, 4096), 4096), ((2**18, 2**20), None)])
+def test_as_many_files_as_allowed_may_be_open(monkeypatch, before, after):
+    given = []
+    monkeypatch.setattr(terminal.resource, "getrlimit", lambda _: before)
+    monkeypatch.setattr(terminal.resource, "setrlimit", lambda _, limits: given.append(limits))
+    terminal.open_streams()
+    assert given == ([(after, before[1])] if after else [])

@@ -29,7 +29,8 @@ def start_model(args: argparse.Namespace, plan: Plan) -> MoCo:
     if args.init and not plan.resume and not checkpoint.load_init(args.init, model, args.arch):
         log(f"note: --init {args.init}: its head does not fit --low-dim and --mlp; the head begins with random weights")
     for encoder in (model.encoder_q, model.encoder_k) if args.compile else ():
-        encoder.compile(fullgraph=True)  # in place: names of weights, DistributedDataParallel and the rest do not notice
+        # In place: no name changes. Not dynamic: the E-step's batch would make sizes symbolic, and training's kernels slow.
+        encoder.compile(fullgraph=True, dynamic=False)
     return model
 
 

@@ -104,7 +104,7 @@ def leave_out_unreadable(
         return list(folders), {}
     paths = [images.path(i) for images in folders for i in range(len(images))]
     # Under a launcher each process of a node is here; there is no group yet to know the main process.
-    threads = max(1, available_cores() // (1 if place.spawns else place.local_world))
+    threads = available_cores() if place.spawns else place.cores
     try:
         with ThreadPool(threads) as pool:
             reading = pool.imap(why_unreadable, paths, chunksize=16)

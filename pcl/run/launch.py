@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcl import distributed
 from pcl.cli import Parser
-from pcl.distributed import available_cores, gather, get_world_size, seed_everything, wait_for_all
-from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, is_out_of_memory, reason_of
+from pcl.distributed import gather, get_world_size, seed_everything, wait_for_all
+from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, is_out_of_memory, line_of, reason_of
 from pcl.images import UnreadableImageError
 from pcl.run.preflight import Plan
 from pcl.run.rendezvous import LOOPBACK, meet, serve
@@ -187,7 +187,7 @@ def _join_group(device: torch.device, args: Namespace, plan: Plan) -> int:
         torch.cuda.set_device(device)
     # torchrun sets one thread, in which k-means on the CPU takes as many times longer as there are cores for a process.
     if place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
-        torch.set_num_threads(max(1, available_cores() // place.local_world))
+        torch.set_num_threads(place.cores)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = plan.deterministic, not plan.deterministic
     seed = torch.tensor(random.SystemRandom().randrange(2**31) if plan.seed is None else plan.seed)
     if place.world > 1:
@@ -220,16 +220,14 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable")
     if isinstance(error, RunError):
         return error
-    text = str(error).strip() or type(error).__name__
-    last_of_nccl = re.search(r"Last error:\s*(.+)", text)
-    line = last_of_nccl[1] if last_of_nccl else text.splitlines()[0]
+    line = line_of(error)
     if lost:
         return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
     if is_out_of_memory(error):
         return RunError(reason_of(error))
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return RunError(f"--compile: {line}; leave it out, or install a C++ compiler where the CPU is the device")
-    if OWN_FAULT_OF_NCCL.search(text):
+    if OWN_FAULT_OF_NCCL.search(str(error)):
         return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO tells more, and --dist-backend gloo does without it")
     return error
 

@@ -12,7 +12,6 @@ import torch
 
 from pcl import cli
 from pcl.cli import Parser, integer, natural, path, positive, positive_float
-from pcl.distributed import available_cores
 from pcl.networks import architectures
 
 
@@ -23,8 +22,8 @@ def add_training(
 ) -> None:
     """The options of any run of SGD, with this script's defaults."""
     group = parser.add_argument_group("training")
-    group.add_argument("-j", "--workers", type=cli.processes, default=available_cores(), metavar="N",
-                       help="loader processes, a total over this node's training processes; 0 loads in those themselves")
+    group.add_argument("-j", "--workers", type=cli.processes, metavar="N",
+                       help="loader processes, a total over this node's training processes, by default its cores; 0: none")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
     group.add_argument("-b", "--batch-size", type=cli.batch, default=batch_size, metavar="N",

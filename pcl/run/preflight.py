@@ -74,10 +74,8 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
     wrong_address = f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0"
     if args.dist_url and args.dist_url != "env://" and not is_address(args.dist_url):  # env:// is a launcher's address
         parser.error(wrong_address)
-    try:
+    with parser.telling(2):
         place = place_of(args)
-    except RunError as error:
-        parser.error(str(error))
     gpus, nproc = torch.cuda.device_count(), place.local_world
     checks: tuple[tuple[Any, str], ...] = (
         (args.gpu is not None and args.gpu >= gpus,
@@ -103,7 +101,8 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
     for wrong, message in checks:
         if wrong:
             parser.error(message)
-    return Plan(place, args.batch_size // nproc, -(-args.workers // nproc), args.seed, args.seed is not None)
+    workers = place.cores if args.workers is None else -(-args.workers // nproc)
+    return Plan(place, args.batch_size // nproc, workers, args.seed, args.seed is not None)
 
 
 def is_address(url: str) -> bool:

@@ -28,10 +28,7 @@ def check(parser: Parser, args: Namespace) -> Plan:
     several = len(args.lr) > 1
     checks = (
         (args.evaluate and not args.resume, "--evaluate: name the finished probe with --resume"),
-        (
-            args.pixels and args.resume,
-            "--resume: a probe of --pixels cannot go on; leave it out, and take a new --id",
-        ),
+        (args.pixels and args.resume, "--resume: a probe of --pixels cannot go on; leave it out, and take a new --id"),
         (args.finetune and args.pixels, "--finetune: --pixels has no weights to train; leave one of them out"),
         (args.finetune and several, "--lr: --finetune trains one network; give one learning rate"),
         (args.lr_backbone and not args.finetune, "--lr-backbone is an option of --finetune; leave it out, or give that too"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from argparse import Namespace
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -92,10 +93,9 @@ class Progress:
             progress = cls.from_state(state, args, plan, model.module.queue.device)
             if "terms" in state and not (progress.steps or progress.clusterings):
                 log(f"epoch {progress.epoch + 1} begins anew: images, batch, seed or clusters are not those of {plan.resume}")
-        if not equal_on_all_ranks(progress.epoch * 2**32 + progress.steps):
-            raise RunError(
-                f"the processes go on from different checkpoints; --exp-dir {args.exp_dir} must be one folder for all nodes"
-            )
+        queue = zlib.crc32(model.module.queue.cpu().numpy().tobytes())  # no two steps have the same
+        if not equal_on_all_ranks(zlib.crc32(repr((progress.epoch, progress.steps)).encode(), queue)):
+            raise RunError(f"the processes go on from different checkpoints; {args.exp_dir} must be one folder for all nodes")
         return progress, replace(plan, epoch=progress.epoch, step=progress.steps)
 
 

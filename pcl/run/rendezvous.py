@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from pcl.distributed import available_cores
 from pcl.errors import RunError, reason_of
 
 # The variables in which a launcher tells each process: rank, W, rank on its node, processes of its node.
@@ -48,6 +49,12 @@ class Place:
     hosted: bool = False  # the store is in the launcher's process, not in rank 0's
     spawns: bool = True  # without a launcher, this process starts those of its node; of several it is none itself
     is_task: bool = False  # of SLURM or MPI; a task that is alone on its node may stand for the node
+
+    @property
+    def cores(self) -> int:
+        """CPU cores for this process alone: its part of its node's, or those that srun has bound it to."""
+        own, on_node = available_cores(), _number_of("SLURM_CPUS_ON_NODE") or 0
+        return own if self.is_task and on_node >= own * self.local_world else max(1, own // self.local_world)
 
 
 def place_of(args: Namespace) -> Place:

@@ -11,7 +11,7 @@ import torch
 
 from pcl.augment import center_view
 from pcl.clustering import MANY_RANKS, faiss_lacks
-from pcl.distributed import available_cores, is_main, sum_over_ranks
+from pcl.distributed import is_main, sum_over_ranks
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import kept
@@ -53,15 +53,15 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
-def advise(means: dict[str, float], args: Namespace) -> None:
+def advise(means: dict[str, float], args: Namespace, plan: Plan) -> None:
     """Say, after the first epoch, whether loading or computing holds this run up, and what would help."""
-    waiting, cores = means["data_seconds"] / means["seconds"], available_cores()
+    waiting, processes = means["data_seconds"] / means["seconds"], plan.place.local_world
     if waiting < 0.1:
         remedy = "a faster or further GPU" + ", or on new ones --amp bf16 --channels-last" * (args.amp == "off")
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
         return
-    if args.workers < cores:
-        remedy = f"more loader processes (-j {args.workers} of {cores} cores)"
+    if plan.workers < plan.place.cores:
+        remedy = f"more loader processes (-j {processes * plan.workers} of {processes * plan.place.cores} cores)"
     elif args.augment_on == "workers":
         remedy = "--augment-on device, which leaves the loader's processes a quarter of their work"
     else:
