@@ -147,7 +147,7 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     if evaluate:
         for head in model.heads:
             score = validate(head.layer, val_features, val_labels)
-            head.history = [score] if args.evaluate else [*head.history[:-1], head.history[-1] | score]
+            head.history = [score] if args.evaluate else [*head.history[:-1], dict(*head.history[-1:]) | score]
         report(model, args, val_set.classes)
         return
 

@@ -219,7 +219,7 @@ def wrong_fields(state: Mapping[str, Any], names: list[str]) -> str:
         return f"it has no {', '.join(missing)}"
     wrong = [name for name in names if name in TYPES and type(state[name]) not in TYPES[name]]
     wrong += [name for name in names if type(state[name]) is int and not 0 <= state[name] < 2**32]
-    if not wrong and "history" in names and not all(type(r) is dict and "test_acc" in r for r in state["history"] or [0]):
+    if not wrong and "history" in names and not all(type(r) is dict and "test_acc" in r for r in state["history"]):
         wrong.append("history")
     return f"its {', '.join(wrong)} cannot be right" if wrong else ""
 
