@@ -100,6 +100,7 @@ GRIDS: dict[str, tuple[str, list[Any]]] = {
 }
 # By the choices of CIFAR-10 (benchmarks/replication/cifar10/choices.json), for the second set.
 CHOSEN: dict[str, Any] = {"lr": 0.0075, "r": 512, "clusters": "250,500,1000", "warmup": 5}
+CHOSEN |= {"probe-pixels": 0.0003, "probe-random": 0.3, "probe-moco": 0.003}
 START: dict[str, Any] = {"lr": 0.03, "r": 512, "clusters": "125,250,500", "warmup": 5, "ratio": 1.0}
 PROBE_GRID = [0.0003, 0.003, 0.03, 0.3, 3.0]
 PROBE_START = {"probe-pixels": 0.003, "probe-random": 0.03, "probe-moco": 0.03}

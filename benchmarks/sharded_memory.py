@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from pcl import sharded
+from pcl import clustering, sharded
 from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
 from pcl.distributed import get_world_size, sum_over_ranks
 from pcl.run.launch import launch
@@ -34,8 +34,8 @@ def operations(num_images: int) -> float:
     return 2.0 * DIM * searches
 
 
-def work(device: torch.device, args: argparse.Namespace) -> None:
-    sharded.ITERATIONS, sharded.RESTARTS = MEASURED, 1
+def work(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
+    sharded.ITERATIONS, sharded.RESTARTS, clustering.RESTARTS = MEASURED, 1, 1
     empty = peak()
     features = torch.empty(NUM_IMAGES // 2, DIM).normal_()
     for rows in features.split(10_000):

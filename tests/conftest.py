@@ -2,10 +2,6 @@
 
 import os
 
-from pcl.run import launch
-from pcl.run.preflight import Plan
-from pcl.run.rendezvous import place_of
-
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, here and in the processes that tests start
 os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # before TensorBoard's reader imports it, for the logger
 
@@ -13,7 +9,7 @@ import multiprocessing
 import socket
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -27,6 +23,9 @@ from torch.overrides import TorchFunctionMode
 from pcl import distributed
 from pcl.builder import MoCo
 from pcl.checkpoint import load
+from pcl.run import launch
+from pcl.run.preflight import Plan
+from pcl.run.rendezvous import place_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -37,6 +36,15 @@ def pytest_collection_modifyitems(items):
     """The modules that take longest come first, or a process would be alone with one of them at the end."""
     longest = ["test_watch", "test_main_pcl", "test_command_lines", "test_eval_cls_imagenet"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
+@contextmanager
+def without_gpu():
+    """For fixtures of a module, which are made before `_on_the_cpu`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield patch
 
 
 @pytest.fixture(autouse=True)

@@ -142,6 +142,11 @@ def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is
     assert choose_cost(features, [rows], args_of("--cost", "7")) == 7
 
 
+def test_an_image_drawn_for_two_classes_is_learnt_from_twice():
+    labels = np.array([[1, 1], [-1, -1]])
+    assert [rows.tolist() for rows in eval_svm_voc.draws_of(labels, 1, args_of())] == [[0, 0]] * eval_svm_voc.DRAWS
+
+
 def test_spread_is_that_of_the_draws():
     assert spread([{"a": 0.1, "b": 0.3}, {"a": 0.5, "b": 0.3}]) == pytest.approx({"mean": 0.3, "std": 0.1})
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import run_script
+from conftest import run_script, without_gpu
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
@@ -59,7 +59,8 @@ def error_of(capsys, *words, code=2):
 def whole(six_classes, pretrained, tmp_path_factory):
     """The folder of a run with everything."""
     out = tmp_path_factory.mktemp("whole") / "deep" / "out"
-    run_script(features, pretrained, six_classes, "--out", out, "--num-cluster", "6,9", "--logistic", *SMALL)
+    with without_gpu():
+        run_script(features, pretrained, six_classes, "--out", out, "--num-cluster", "6,9", "--logistic", *SMALL)
     return out
 
 

@@ -316,10 +316,13 @@ def test_the_views_are_the_published_ones():
     assert names_of(v2) == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", *tail]
     assert names_of(center) == ["MiddleOfThin", "Resize", "CenterCrop", "PILToTensor"]
     assert v1.transforms[0].scale == v2.transforms[0].scale == (0.2, 1.0)
-    jitter, strong = v1.transforms[2], v2.transforms[1].transforms[0]
-    assert (jitter.brightness, jitter.hue) == ((0.6, 1.4), (-0.4, 0.4))
-    assert (strong.brightness, strong.hue) == ((0.6, 1.4), (-0.1, 0.1))
-    assert [t.p for t in v2.transforms[1:4]] == [0.8, 0.2, 0.5]
+    for jitter, hue in ((v1.transforms[2], 0.4), (v2.transforms[1].transforms[0], 0.1)):
+        assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (*[(0.6, 1.4)] * 3, (-hue, hue))
+    assert (v1.transforms[1].p, v1.transforms[3].p) == (0.2, 0.5)
+    assert [t.p for t in v2.transforms[1:5]] == [0.8, 0.2, 0.5, 0.5]
+    probe = crop_view(224)
+    assert names_of(probe) == ["RandomResizedCrop", *tail]
+    assert (probe.transforms[0].scale, probe.transforms[1].p) == ((0.08, 1.0), 0.5)
     assert center.transforms[1].size == 256
     assert center_view(32).transforms[1].size == 37
 

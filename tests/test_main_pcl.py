@@ -8,15 +8,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, assert_same, free_port, run_script, weights
+from conftest import ROOT, assert_same, free_port, run_script, weights, without_gpu
 from PIL import Image
 
 import main_pcl
+from pcl.augment import TwoViews, center_view, normalize, random_view
+from pcl.builder import MoCo
 from pcl.checkpoint import LAST, load
-from pcl.clustering import Clustering
+from pcl.clustering import Clustering, cluster_all
+from pcl.distributed import seed_everything
 from pcl.errors import PREEMPTED
-from pcl.loader import IndexedFolder
+from pcl.features import load_momentum_encoder
+from pcl.loader import EpochSampler, IndexedFolder
+from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, launch, monitor, rendezvous, report
 from pcl.run.logs import Meters, claim
 from pcl.run.preflight import Plan
@@ -44,9 +50,7 @@ def records_of(exp_dir):
 def finished(image_folder, tmp_path_factory):
     """A run of three epochs, of which the second and third have an E-step."""
     exp_dir = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
+    with without_gpu():
         run(image_folder, "--exp-dir", exp_dir, *MONITOR)
     return exp_dir
 
@@ -92,6 +96,36 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder,
     assert not torch.equal(
         weights(tmp_path / "other", 0)["state_dict"]["module.queue"], weights(finished)["state_dict"]["module.queue"]
     )
+
+
+@pytest.mark.slow
+def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path):
+    run(image_folder, "--exp-dir", tmp_path, "--pcl-r", 8, "--num-cluster", "3,24")  # so that few of many negatives are drawn
+    seed_everything(1)
+    model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=16, r=8, m=0.9, mlp=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    images = IndexedFolder(image_folder / "train", TwoViews(random_view(32, aug_plus=True)), seed=1)
+    center, sampler, clusterings = images.with_transform(center_view(32)), EpochSampler(images, 1), []
+    for epoch, lr in enumerate((0.03, 0.0225, 0.0075)):
+        if epoch >= 1:
+            features = model.eval()(normalize(torch.stack([center[i][0] for i in range(25)])))
+            clusterings = cluster_all(features, [3, 24], 0.2)
+        model.train()
+        sampler.set_epoch(epoch)
+        order, optimizer.param_groups[0]["lr"] = list(sampler), lr
+        for step in range(3):
+            pairs, index = zip(*(images[key] for key in order[8 * step : 8 * step + 8]), strict=True)
+            seed_everything(1, epoch, step + 1)
+            q, k, queue = model(*(normalize(torch.stack(views)) for views in zip(*pairs, strict=True)))
+            loss = F.cross_entropy(*instance_logits(q, k, queue, 0.2))
+            if clusterings:
+                loss = loss + prototype_loss(q, torch.tensor(index), clusterings, 8)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    found = load(tmp_path / "checkpoint_0002.pth.tar")["state_dict"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[f"module.{name}"], value)
 
 
 @pytest.mark.slow
@@ -363,7 +397,7 @@ def test_a_run_without_its_unreadable_images_is_a_run_that_never_had_them(image_
     (tmp_path / "broken" / spoilt[1]).write_bytes(content[: len(content) // 2])
     (tmp_path / "broken" / spoilt[2]).unlink()
     (tmp_path / "broken" / spoilt[2]).symlink_to("nowhere")
-    options = ["--nproc", processes, "--epochs", 2, *MONITOR]
+    options = ["--nproc", processes, "--epochs", 2, "--save-freq", 1, *MONITOR]
     run(tmp_path / "without", "--exp-dir", tmp_path / "expected", *options)
     capsys.readouterr()
     run(tmp_path / "broken", "--exp-dir", tmp_path / "run", *options, "--skip-unreadable", "--augment-on", "workers")
@@ -373,6 +407,12 @@ def test_a_run_without_its_unreadable_images_is_a_run_that_never_had_them(image_
     assert_same(weights(tmp_path / "run", 1), weights(tmp_path / "expected", 1))
     text = (tmp_path / "run" / "unreadable.txt").read_text()
     assert [line.split("\t")[0] for line in text.splitlines()] == [str(tmp_path / "broken" / name) for name in spoilt]
+    # The E-step saw the center of each image, by the key encoder and statistics that were saved before it.
+    network, _ = load_momentum_encoder(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    images = IndexedFolder(tmp_path / "without" / "train", center_view(32))
+    with torch.no_grad():
+        expected = F.normalize(network(normalize(torch.stack([images[i][0] for i in range(23)]))), dim=1)
+    torch.testing.assert_close(load(tmp_path / "run" / "e_step.pth.tar")["features"], expected)
     # The pictures show the same images.
     pictures = [(tmp_path / name / "figures" / "prototypes_5.png").read_bytes() for name in ("run", "expected")]
     assert pictures[0] == pictures[1]

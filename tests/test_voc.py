@@ -296,6 +296,7 @@ def server(tmp_path, monkeypatch):
             content = files[f"/{name}.tar"] = (tmp_path / "a.tar").read_bytes()
             url = f"http://127.0.0.1:{httpd.server_port}/{name}.tar"
             sources[name] = {"url": url, "filename": f"{name}.tar", "md5": hashlib.md5(content).hexdigest()}
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(voc, "DATASET_YEAR_DICT", sources)
         monkeypatch.setattr(Archives, "files", files)
         monkeypatch.setattr(Archives, "sent", [])
