@@ -249,21 +249,23 @@ def clustering_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def draw_curves(curves: Curves, names: list[str]) -> Figure:
-    """Each score along the epochs, and the purity of PCL's clusters; the mean over seeds."""
+    """Each score along the epochs, and the purity of PCL's clusters; a line for each seed."""
     figure = Figure(figsize=(16, 3.6 * -(-(len(names) + 1) // 4)), layout="constrained")
     grid = figure.subplots(-(-(len(names) + 1) // 4), 4, squeeze=False).flat
     for name, axes in zip([*names, "purity of clusters"], grid, strict=False):
         for method, color, marker in zip((METHODS[1], METHODS[0], *BASELINES), COLORS, MARKERS, strict=False):
-            points = []
+            lines: dict[int, list[tuple[int, float]]] = {}
             for epoch, found in curves.get(method, {}).items():
-                if all(name in result["figures"] for result in found):
-                    points.append((epoch, np.mean([result["figures"][name] for result in found])))
-                elif name not in names and "clusters" in found[0]:
-                    points.append((epoch, np.mean([clustering_of(result)["purity"] for result in found])))
-            if points and method in BASELINES:
-                axes.axhline(points[0][1], color=color, linestyle="--", label=method)
-            elif points:
-                axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
+                for result in found:
+                    scores = result["figures"] if name in names else clustering_of(result) if "clusters" in result else {}
+                    if value := scores.get(name.removesuffix(" of clusters")):
+                        lines.setdefault(result["seed"], []).append((epoch, value))
+            for number, points in enumerate(lines.values()):
+                label = "" if number else method
+                if method in BASELINES:
+                    axes.axhline(points[0][1], color=color, linestyle="--", label=label)
+                else:
+                    axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
         axes.set(title=name, xlabel="epochs", ylabel="%")
         axes.grid(alpha=0.3)
     for axes in grid:
