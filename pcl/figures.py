@@ -87,7 +87,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
                     name = name_of(result)
                     folder = result["settings"].get("folder") == "True"  # accuracies, which have no classes
                     drawn = [kind for kind in kinds if kind in result and not (folder and kind == "full")]
-                    if not drawn:
+                    if source in results and not drawn:
                         raise RunError(f"{source}: it holds neither average precisions nor low-shot scores")
                     for kind in drawn:
                         kinds[kind][1]({name: result[kind]})  # a result that cannot be drawn must not spoil the others
