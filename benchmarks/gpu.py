@@ -154,7 +154,7 @@ def measure(epoch: Callable[..., float], options: str, args: argparse.Namespace,
         elif number == 2:
             profiler.stop()
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # a bar waits for the GPU
         epoch(model, Batches(batch, 2 * args.steps, begin), clusterings, given)
         _wait(device)
         seconds = (time.perf_counter() - start[0]) / args.steps
