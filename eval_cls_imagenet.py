@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli
 from pcl.augment import center_view, crop_view, normalize
-from pcl.distributed import broadcast, equal_on_all_ranks, get_rank, is_main, seed_everything, wait_for_all
+from pcl.distributed import broadcast, get_rank, is_main, seed_everything, wait_for_all
 from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
@@ -107,9 +106,7 @@ def parse(parser: cli.Parser) -> argparse.Namespace:
 
 def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     """Train and score, in each process of the group."""
-    other_start = f"the processes begin with different checkpoints; {RESULTS / args.id} must be one folder for all nodes"
-    if not equal_on_all_ranks(plan.epoch):
-        raise RunError(other_start)
+    inputs.check_same_start(RESULTS / args.id, plan.epoch)
     evaluate = args.evaluate or plan.epoch >= args.epochs
     if not evaluate:
         record = RunLog(RESULTS / args.id, {**vars(args), **vars(plan)}, check=partial(check_other_run, args))
@@ -119,9 +116,7 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     train_set = IndexedFolder(train_root, crop_view(args.image_size), plan.seed, skip=plan.unreadable)
     val_set = IndexedFolder(val_root, center_view(args.image_size), skip=plan.unreadable)
     model = open_probe(args, train_set.classes)
-    start = [model.source.get("sha256"), *(head.epoch for head in model.heads)]
-    if not equal_on_all_ranks(zlib.crc32(repr(start).encode())):
-        raise RunError(other_start)
+    inputs.check_same_start(RESULTS / args.id, model.source.get("sha256"), *(head.epoch for head in model.heads))
     model.backbone.to(device).requires_grad_(args.finetune)
     for head in model.heads:
         head.layer.to(device)

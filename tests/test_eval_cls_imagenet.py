@@ -102,11 +102,12 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
 @pytest.mark.parametrize("which", [1, 2])
 def test_nodes_that_go_on_from_different_checkpoints_are_stopped(six_classes, tmp_path, monkeypatch, capsys, which):
     answers = iter([True] * (which - 1))
-    monkeypatch.setattr(eval_cls_imagenet, "equal_on_all_ranks", lambda number: next(answers, False))
+    monkeypatch.setattr("pcl.run.inputs.equal_on_all_ranks", lambda number: next(answers, False))
     with pytest.raises(SystemExit) as stop:
         script(six_classes, "--random-init", "--id", "x")
     assert stop.value.code == 1
-    assert "begin with different checkpoints; Linear_eval/x must be one folder for all nodes\n" in capsys.readouterr().err
+    told = "the processes go on from different checkpoints; Linear_eval/x must be one folder for all nodes\n"
+    assert told in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

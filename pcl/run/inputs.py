@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -149,6 +151,12 @@ def check_same_images(folder: Path, images: IndexedFolder | None) -> None:
     """RunError unless all processes, on all nodes, found the same images in a folder, or none; every rank must call it."""
     if not equal_on_all_ranks(images.fingerprint() if images else 0):
         raise RunError(f"the processes found different images in {folder}; give every node the same files, and start again")
+
+
+def check_same_start(folder: str | Path, *start: Any) -> None:
+    """RunError unless all processes begin with the same plain values, such as epochs; every rank must call it."""
+    if not equal_on_all_ranks(zlib.crc32(repr(start).encode())):
+        raise RunError(f"the processes go on from different checkpoints; {folder} must be one folder for all nodes")
 
 
 def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:

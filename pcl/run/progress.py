@@ -12,9 +12,7 @@ import torch
 from pcl import checkpoint
 from pcl.cli import Parser
 from pcl.clustering import Clustering
-from pcl.distributed import equal_on_all_ranks
-from pcl.errors import RunError
-from pcl.run import kept
+from pcl.run import inputs, kept
 from pcl.run.logs import Meters, log
 from pcl.run.preflight import Plan, note_changes
 
@@ -94,8 +92,7 @@ class Progress:
             if "terms" in state and not (progress.steps or progress.clusterings):
                 log(f"epoch {progress.epoch + 1} begins anew: images, batch, seed or clusters are not those of {plan.resume}")
         queue = zlib.crc32(model.module.queue.cpu().numpy().tobytes())  # no two steps have the same
-        if not equal_on_all_ranks(zlib.crc32(repr((progress.epoch, progress.steps)).encode(), queue)):
-            raise RunError(f"the processes go on from different checkpoints; {args.exp_dir} must be one folder for all nodes")
+        inputs.check_same_start(f"--exp-dir {args.exp_dir}", progress.epoch, progress.steps, queue)
         return progress, replace(plan, epoch=progress.epoch, step=progress.steps)
 
 

@@ -53,8 +53,9 @@ class Place:
     @property
     def cores(self) -> int:
         """CPU cores for this process alone: its part of its node's, or those that srun has bound it to."""
-        own, on_node = available_cores(), _number_of("SLURM_CPUS_ON_NODE") or 0
-        return own if self.is_task and on_node >= own * self.local_world else max(1, own // self.local_world)
+        own = available_cores()
+        bound = self.is_task and (_number_of("SLURM_CPUS_ON_NODE") or 0) >= own * self.local_world
+        return own if bound else max(1, own // self.local_world)
 
 
 def place_of(args: Namespace) -> Place:
