@@ -51,7 +51,7 @@ def get_parser() -> cli.Parser:
     options.add_backbone(parser)
     options.add_training(parser, epochs=100, batch_size=256, lr="5", schedule=[60, 80], wd=0.0, print_freq=10,
                          lr_type=cli.several(cli.positive_float),
-                         lr_help="first learning rate of the classifier; 0.3,1,5 trains one with each on the same features")
+                         lr_help="initial learning rate of the classifier; 0.3,1,5 trains one with each on the same features")
     options.add_launch(parser)
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
@@ -67,7 +67,7 @@ def get_parser() -> cli.Parser:
     finetune.add_argument("--finetune", action="store_true",
                           help="train the backbone too; the defaults become --epochs 20 --schedule 12 16 --gamma 0.2 --wd 5e-4 "
                           "--lr-backbone 0.01, and --lr 1 with at most 1 %% of the labels, else 0.1")
-    finetune.add_argument("--lr-backbone", type=cli.positive_float, metavar="LR", help="first rate of the backbone")
+    finetune.add_argument("--lr-backbone", type=cli.positive_float, metavar="LR", help="initial learning rate of the backbone")
     options.add_output(parser)
     # fmt: on
     return parser
@@ -236,7 +236,7 @@ def train_heads(
         wrong = f"the loss of epoch {epoch + 1} is not a finite number, at learning rate {lr:g}"
         if len(heads) == 1:
             raise RunError(f"{wrong}; lower --lr")
-        log(f"warning: {wrong}; this head ends here")
+        log(f"warning: {wrong}; its training ends here")
     return trained
 
 

@@ -51,18 +51,18 @@ def get_parser() -> cli.Parser:
                        help="a torchvision classifier with an fc head, such as resnet18, resnet50 or wide_resnet50_2")
     model.add_argument("--init", type=cli.reachable, metavar="FILE",
                        help="begin with the encoder of a checkpoint of PCL or MoCo, or of a torchvision state dict")
-    model.add_argument("--low-dim", type=cli.integer(1, 2**16), default=128, metavar="C", help="size of the feature")
+    model.add_argument("--low-dim", type=cli.integer(1, 2**16), default=128, metavar="C", help="size of the head's output")
     model.add_argument("--pcl-r", type=cli.positive, default=16384, metavar="R",
                        help="length of the queue and number of negatives, at least a batch")
     model.add_argument("--moco-m", type=cli.fraction, default=0.999, metavar="M",
                        help="momentum of the key encoder; short runs need a smaller one, such as 0.99")
     model.add_argument("--temperature", type=cli.positive_float, default=0.2, metavar="T",
-                       help="of InfoNCE, and the mean concentration of the prototypes")
+                       help="temperature of InfoNCE, and the mean of the prototypes' concentrations")
     model.add_argument("--mlp", action="store_true", help="a hidden layer in the head (v2)")
     model.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation (v2)")
     model.add_argument("--cos", action="store_true", help="cosine learning rate in place of --schedule (v2)")
     model.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
-                       help="side of a view; the E-step's center crop comes from 8/7 of it")
+                       help="side of a view; the E-step scales images to 8/7 of it and crops the center")
     em = parser.add_argument_group("expectation-maximization")
     em.add_argument("--num-cluster", type=cli.integers, default="25000,50000,100000", metavar="K,K,...",
                     help="clusters of each granularity; for N images of your own try N/40,N/20,N/10")
@@ -107,9 +107,9 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:
         (args.cos and args.schedule is not parser.get_default("schedule"),
          "--cos and --schedule exclude each other; leave one out"),
         (args.keep_every and not args.keep,
-         f"--keep-every {args.keep_every}: it spares checkpoints from --keep; give that too"),
+         f"--keep-every {args.keep_every}: it needs --keep; give that too"),
         (plan.images in [args.exp_dir.resolve(), *args.exp_dir.resolve().parents],
-         f"--exp-dir {args.exp_dir} lies among the images of {plan.images}; its pictures would be trained on"),
+         f"--exp-dir {args.exp_dir} lies among the images of {plan.images} and would add its figures to them; name another"),
     ):  # fmt: skip
         if wrong:
             parser.error(message)

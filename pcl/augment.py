@@ -26,7 +26,7 @@ from pcl.distributed import on_device
 from pcl.images import read_image, read_tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
-CROP_SCALE = (0.2, 1.0)  # share of an image that a random view shows, as published
+CROP_SCALE = (0.2, 1.0)  # fraction of an image's area that a random view shows, as published
 PARAMETERS = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
 TAPS = 6  # of the blur to each side: three standard deviations of the largest

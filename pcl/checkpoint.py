@@ -65,7 +65,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         # torch raises its own RuntimeError for a full disk, while it handles the disk's OSError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise RunError(f"{path} cannot be written: {reason}; what was saved before is whole") from error
+        raise RunError(f"{path} cannot be written: {reason}; earlier files are intact") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -118,7 +118,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
     """
     state = {"seed": None, "deterministic": False, "steps": 0} | load(path)  # the published program writes none of these
     if wrong := wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
-        raise CheckpointError(f"{path} is no checkpoint of a run to resume: {wrong}")
+        raise CheckpointError(f"{path} is not a checkpoint that a run can resume from: {wrong}")
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
     weights = _weights(path, state["state_dict"])
@@ -172,7 +172,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     state = load(path)
     arch = arch or state.get("arch")
     if arch not in architectures():
-        raise CheckpointError(f"{path}: architecture {arch} is not one of those offered; name it with --arch")
+        raise CheckpointError(f"{path} names {f'{arch}, which is unknown' if arch else 'no architecture'}; name it with --arch")
     weights = _weights(path, state.get("state_dict", state.get("model", state)))
     if any(name.startswith("encoder_q.") for name in weights):
         weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
@@ -201,7 +201,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     state = load(path)
     names = ["epoch", "arch", "state_dict", "optimizer", "classes", "seed", "deterministic", "source", "history"]
     if wrong := wrong_fields(state, names):
-        raise CheckpointError(f"{path} is no checkpoint of a linear probe: {wrong}")
+        raise CheckpointError(f"{path} is not a checkpoint of a linear probe: {wrong}")
     arch, classes = state["arch"], state["classes"]
     if arch not in architectures():
         raise CheckpointError(f"{path}: a probe of {arch} cannot be opened again")

@@ -79,7 +79,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     try:
         array = np.asarray(value)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} is no array: {error}") from None
+        raise ValueError(f"{name} is not an array: {error}") from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold real numbers, not {array.dtype}")
     # torch takes no negative strides, no foreign byte order and no more than 64 bits.

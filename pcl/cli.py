@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if match := re.fullmatch("(--[^=]+=|-[a-z]=?)--", word):  # argparse before Python 3.13 takes that for no value
-                self.error(f"argument {match[1].rstrip('=')}: '--' is no value")
+                self.error(f"argument {match[1].rstrip('=')}: '--' is not a value")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def telling(self, code: int) -> Iterator[None]:
-        """Inside, an error that the user can mend ends the program with one line and this exit code."""
+        """Inside, an error that the user can fix ends the program with one line and this exit code."""
         try:
             yield
         except Exception as error:
@@ -84,7 +84,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         values = [kind(part) for part in text.split(",")]
         if len(set(values)) < len(values):
-            raise ArgumentTypeError(f"{text}: a number stands there twice")
+            raise ArgumentTypeError(f"{text}: a number is listed twice")
         return values
 
     return parse

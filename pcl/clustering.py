@@ -187,7 +187,7 @@ def cluster_all(
         num_clusters: K of each granularity, each at most N.
         temperature: mean concentration of each granularity.
         seeds: of each granularity; as published, its position in the list.
-        share: `share(function, jobs, cost)` gives the list of function(job), a few tensors of each job. By default this
+        share: `share(function, jobs, cost)` returns [function(job) for job in jobs], each a few tensors. By default this
             process does all; `pcl.distributed.shared_map` spreads the jobs over the ranks of a group, with the same result.
             Given in a group of MANY_RANKS or more, `pcl.sharded` clusters instead: the same objective up to rounding.
         algorithm: as for `kmeans`.

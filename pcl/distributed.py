@@ -76,7 +76,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def exchange(rows: Tensor, order: Tensor) -> Tensor:
-    """Deal the rows of all ranks out anew: each is sent only to the rank that is to have it.
+    """Redistribute the rows of all ranks: each is sent only to the rank that is to have it.
 
     Args:
         rows: (B, ...) numbers rank * B to rank * B + B - 1 of all; B is the same on every rank.
@@ -96,7 +96,7 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """What is on the CPU, on a device that fetches it while the host goes on."""
+    """Copy a tensor from the CPU to a device; the host does not wait for a GPU."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

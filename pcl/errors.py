@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the exit codes of a run."""
+"""Errors that a user can fix, and the exit codes of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RunError(Exception):
 
 # Of the allocators of torch, faiss, cuBLAS, cuDNN, NCCL and C++.
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
-# What a user can mend, told without a traceback: an OSError is a full disk or a folder that is gone, for example.
+# What a user can fix, told without a traceback: an OSError is a full disk or a folder that is gone, for example.
 USER_ERRORS = (RunError, OSError)
 
 

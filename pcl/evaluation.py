@@ -57,7 +57,7 @@ def claim(folder: Path) -> Iterator[None]:
         RunError: it cannot be written to, another run is writing into it, or it holds files of another origin.
     """
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise RunError(f"--out {folder}: no folder, or not to be written to; name another")
+        raise RunError(f"--out {folder}: it is not a folder, or not writable; name another")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -96,7 +96,7 @@ def cluster_table(im2cluster: Tensor, images: IndexedFolder, data: Path) -> str:
 
 
 def logistic_regression(features: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
-    """Train on standardised features of train; cross-validation on them chooses the strength. Accuracy on val."""
+    """Train on standardized features of train; cross-validation on them chooses the strength. Accuracy on val."""
     from sklearn.exceptions import ConvergenceWarning  # slow to import
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold

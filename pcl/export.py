@@ -76,7 +76,7 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
     """
     out = Path(out)
     if out.suffix not in WRITERS:
-        raise CheckpointError(f"{out}: give it the ending .pth, .safetensors or .pkl, or none for timm's folder")
+        raise CheckpointError(f"{out}: give it the extension .pth, .safetensors or .pkl, or none for timm's folder")
     if out.exists() or not out.parent.is_dir():
         raise CheckpointError(f"{out}: exists already, or its folder does not; name another file")
     network, arch = load_backbone(checkpoint, arch)

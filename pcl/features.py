@@ -103,7 +103,7 @@ def open_splits(data: Path, view: Callable[[Any], Tensor]) -> dict[str, IndexedF
     """The images of DIR/train, else of DIR itself, as "train"; those of DIR/val, if there is one, as "val".
 
     Raises:
-        RunError: no images; other classes in DIR/val than in DIR/train; a file's name that fills two lines.
+        RunError: no images; other classes in DIR/val than in DIR/train; a file's name with a line break.
     """
     train, val = data / "train", data / "val"
     if val.is_dir() and not train.is_dir():
@@ -118,7 +118,7 @@ def open_splits(data: Path, view: Callable[[Any], Tensor]) -> dict[str, IndexedF
         raise RunError(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable") from error
     for images in splits.values():
         if broken := [name for name in images.names(data) if "\n" in name]:
-            raise RunError(f"DIR {data}: the name of {broken[0]} fills two lines; rename it")
+            raise RunError(f"DIR {data}: the name of {broken[0]} contains a line break; rename it")
     if splits["train"].classes and "val" in splits and splits["val"].classes not in ([], splits["train"].classes):
         raise RunError(f"DIR {data}: train/ and val/ must hold the same class folders")
     return splits
@@ -128,7 +128,8 @@ def get_parser() -> cli.Parser:
     """The command line."""
     # fmt: off
     parser = cli.Parser(__doc__, "python -m pcl.features")
-    parser.add_argument("checkpoint", type=cli.path, metavar="CHECKPOINT", help="as for --pretrained of the scripts")
+    parser.add_argument("checkpoint", type=cli.path, metavar="CHECKPOINT",
+                        help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
     parser.add_argument("data", type=cli.path, metavar="DIR", help="holds train/<class>/ and perhaps val/, <class>/, or images")
     parser.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
     parser.add_argument("--out", type=cli.path, default=Path("features"), metavar="FOLDER", help="for the results")

@@ -96,7 +96,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
             if found[kind]:
                 picture(name, exp_dir, make, found[kind])
     if not written:
-        reasons = "; ".join(failures.values()) or "it holds no log.jsonl with figures and no result of eval_svm_voc.py"
+        reasons = "; ".join(failures.values()) or "it holds no log.jsonl of an epoch, no E-step, no result of eval_svm_voc.py"
         raise RunError(f"{exp_dir}: nothing can be drawn: {reasons}")
     for failure in failures.values():
         tell(f"left out: {failure}")
@@ -229,8 +229,8 @@ def tsne(last: dict[str, Any]) -> Figure:
 def get_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(__doc__, "python -m pcl.figures")
-    parser.add_argument("exp_dir", type=cli.path, metavar="EXP_DIR", help="of main_pcl.py")
-    parser.add_argument("--results", type=cli.path, nargs="*", default=[], metavar="FILE", help="of eval_svm_voc.py --output")
+    parser.add_argument("exp_dir", type=cli.path, metavar="EXP_DIR", help="the folder of a run (its --exp-dir)")
+    parser.add_argument("--results", type=cli.path, nargs="*", default=[], metavar="FILE", help="from eval_svm_voc.py --output")
     return parser
 
 

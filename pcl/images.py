@@ -60,7 +60,7 @@ def list_folder(folder: str | Path) -> Listing:
     folders, files = ([name for name in names if name[0] != "." and name.lower() not in SYSTEM] for names in found)
     endings = [os.path.splitext(name)[1].lower() for name in files]
     images = [os.path.join(folder, name) for name, ending in zip(files, endings, strict=True) if ending in ENDINGS]
-    others = Counter(ending or "without ending" for ending in endings if ending not in ENDINGS)
+    others = Counter(ending or "without extension" for ending in endings if ending not in ENDINGS)
     return Listing(sorted(os.path.join(folder, name) for name in folders), images, others)
 
 
@@ -99,12 +99,12 @@ def in_words(others: Counter[str]) -> str:
     """Files by ending, the most frequent first: "12 .heic, 3 .txt"."""
     most = others.most_common(8)
     rest = others.total() - sum(number for _, number in most)
-    return ", ".join([f"{number} {ending}" for ending, number in most] + [f"{rest} of other endings"] * bool(rest))
+    return ", ".join([f"{number} {ending}" for ending, number in most] + [f"{rest} with other extensions"] * bool(rest))
 
 
 def tell_left_out(others: Counter[str]) -> str:
     """The end of an error about a folder without images: which files it has, and which endings are read."""
-    return f"; {in_words(others)} there are left out: what is read ends in {', '.join(sorted(ENDINGS))}" if others else ""
+    return f"; {in_words(others)} there are left out: the extensions read are {', '.join(sorted(ENDINGS))}" if others else ""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -154,15 +154,15 @@ def _opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than memory could hold")
             yield image
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UnreadableImageError(f"cannot read the image {path}: {_reason(error)}; mend or remove the file") from error
+        raise UnreadableImageError(f"cannot read the image {path}: {_reason(error)}; repair or remove the file") from error
 
 
 def _reason(error: BaseException | None) -> str:
     """One line without the file's name."""
     if isinstance(error, FileNotFoundError):
-        return "no such file (removed meanwhile, or a link to nowhere)"
+        return "no such file (removed meanwhile, or a broken link)"
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty, or no image of a known format"
+        return "it is empty, or not an image of a known format"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 

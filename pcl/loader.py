@@ -50,15 +50,15 @@ from pcl.images import (  # noqa: F401
 from pcl.terminal import shielded
 
 LET_GO = 0.1  # seconds that gloo's threads have for what they do in microseconds
-FEWER = "fewer loader processes, or none (-j 0; of eval_svm_voc.py: --num-workers 0)"
+FEWER = "fewer loader processes, or none (-j 0; with eval_svm_voc.py --num-workers 0)"
 REMEDIES = {  # by the words of an error in loading, which may be a worker's
     "shared memory|No space left|Bus error": (
-        f"/dev/shm, by which loader processes send batches, is full: enlarge it (docker run --shm-size=8g), or take {FEWER}"
+        f"/dev/shm, through which loader processes send batches, is full: enlarge it (docker run --shm-size=8g), or use {FEWER}"
     ),
-    "Too many open files|ancdata": f"too many open files: raise the limit (ulimit -n 4096), or take {FEWER}",
-    "allocate memory|MemoryError": f"out of memory while loading: take {FEWER}",
+    "Too many open files|ancdata": f"too many open files: raise the limit (ulimit -n 4096), or use {FEWER}",
+    "allocate memory|MemoryError": f"out of memory while loading: use {FEWER}",
     "DataLoader worker .pid|^Connection|^EOFError": (
-        f"a loader process has ended, mostly for want of memory, or of shared memory (docker run --shm-size=8g): take {FEWER}"
+        f"a loader process has ended, usually for lack of memory or of shared memory (docker run --shm-size=8g): use {FEWER}"
     ),
     "AF_UNIX path too long": "the path in TMPDIR is too long for sockets; set another, such as TMPDIR=/tmp",
 }
@@ -153,7 +153,7 @@ class IndexedFolder(Dataset):
         lines = [f"data: left out of {self.root}: {in_words(self.left_out)}"] if self.left_out else []
         depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
         if not self.classes and depth.max() > 1:
-            told = f"images lie in {self.root} itself: those in the folders below it are one set with them, without labels"
+            told = f"images lie in {self.root} itself: they and those in the folders below it are one set without labels"
             lines.append(f"note: {told}")
         if self.classes and depth.min() > 2:
             folders = f"the folders of {self.root} ({len(self.classes)})"
@@ -203,7 +203,7 @@ def indices_of_rank(num_images: int) -> range:
 def make_loader(
     dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False, in_order: bool = True
 ) -> DataLoader:
-    """A DataLoader that leaves the process's random generators alone. Raises RunError for what the user can mend."""
+    """A DataLoader that leaves the process's random generators alone. Raises RunError for what the user can fix."""
     return _Loader(
         dataset,
         batch_size=batch_size,

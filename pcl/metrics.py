@@ -16,7 +16,7 @@ from pcl.clustering import nearest_neighbours
 
 
 def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
-    """Share of rows of (B, classes) logits whose target (B,) is among the k largest; a scalar in 0..1 on their device."""
+    """Fraction of rows of (B, classes) logits whose target (B,) is among the k largest; a scalar in 0..1 on their device."""
     logits, target = tensors(logits=(logits, "B classes"), target=(target, "int B"))
     k = integer("k", k, 1, logits.shape[1])
     return (logits.topk(k, dim=1).indices == target[:, None]).any(dim=1).float().mean()
@@ -25,7 +25,7 @@ def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
 def knn_accuracy(
     known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int = 200, temperature: float = 0.1
 ) -> float:
-    """Share of queries that a weighted vote of their k nearest known images classifies rightly.
+    """Fraction of queries that a weighted vote of their k nearest known images classifies rightly.
 
     Each neighbour votes for its label with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
@@ -59,7 +59,7 @@ def leave_one_out_accuracy(
 def one_shot_accuracy(
     known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, draws: int = 20, seed: int = 0
 ) -> float:
-    """Share of queries nearest (by cosine) to the one known image of their class; mean over `draws` random choices of these.
+    """Fraction of queries nearest (by cosine) to the one known image of their class; mean over `draws` random choices of these.
 
     Arguments as for `knn_accuracy`.
     """
@@ -113,9 +113,9 @@ def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarra
     """How far clusters and labels, both (N,) integer, agree.
 
     Returns:
-        nmi: normalised mutual information (arithmetic mean), 0 to 1; many small clusters raise it by chance alone.
+        nmi: normalized mutual information (arithmetic mean), 0 to 1; many small clusters raise it by chance alone.
         ami: adjusted for chance: 1 if the same, 0 on average for random clusters (Vinh et al. 2010).
-        purity: share of images that have the commonest label of their cluster.
+        purity: fraction of images that have the most frequent label of their cluster.
     """
     from sklearn.metrics.cluster import contingency_matrix, mutual_info_score  # slow to import
 

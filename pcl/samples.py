@@ -3,7 +3,7 @@
     python -m pcl.samples DIR
 
 DIR/train/<class>/ gets 400 images of each class, DIR/val/<class>/ 100. DIR/VOCdevkit gets collages in the form of VOC2007:
-1,000 of training and 500 of validation images. Licence: samples.LICENSE beside this file.
+1,000 of training and 500 of validation images. License: samples.LICENSE beside this file.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Scores(Dataset):
 def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
     """Fit the published SVM; decision values (Q,) of the test images, or (FOLDS,) average precisions in cross-validation.
 
-    Where every image shows the class (a small draw of two that often meet), nothing can be learnt: all score alike.
+    Where every image shows the class (a small draw of two that often meet), nothing can be learned: all score alike.
     """
     positive = np.where(features.train_labels[job.rows, job.label] > 0, 1, -1)  # published: difficult is negative
     if positive.min() == 1:

@@ -69,10 +69,10 @@ class VOCSplit(Dataset):
         self.labels = np.stack([_labels(lists / f"{name}_{split}.txt", self._paths, images) for name in classes], axis=1)
         for first, *others in found:
             if others:
-                raise VOCError(f"{first} and {others[0]} have one name in the lists; remove or rename one of them")
+                raise VOCError(f"{first} and {others[0]} have the same name in the lists; remove or rename one of them")
         if absent := [folder / "JPEGImages" / name for name in names if name not in images]:
             missing = f"{len(absent)} images of {split} are missing, the first {absent[0]}.jpg"
-            raise VOCError(f"{missing} (or another ending); put them there{HINT}")
+            raise VOCError(f"{missing} (or with another extension); put them there{HINT}")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -138,11 +138,11 @@ def download(root: str | Path) -> None:
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "code", 0) == 416:
                     archive.unlink()
-                    raise VOCError(f"{archive} had all its bytes, and some were wrong; it was removed, try again") from error
-                raise VOCError(f"{url} cannot be fetched: {error}; the same command goes on from here") from error
+                    raise VOCError(f"{archive} was complete but damaged, and was removed; try again") from error
+                raise VOCError(f"{url} cannot be fetched: {error}; the same command continues from here") from error
             if not check_integrity(str(archive), md5):
                 archive.unlink()
-                raise VOCError(f"{url} did not give the file of checksum {md5}; it was removed, try again")
+                raise VOCError(f"{url} gave a file whose checksum is not {md5}; it was removed, try again")
         unpack(archive, Path(root))
 
 

@@ -65,7 +65,7 @@ def test_a_folder_that_is_read_only_is_one_error_and_the_old_file_is_whole(tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", read_only)
         with pytest.raises(
-            RunError, match=r"checkpoint_0000\.pth\.tar cannot be written: Read-only file system; what was saved"
+            RunError, match=r"checkpoint_0000\.pth\.tar cannot be written: Read-only file system; earlier files are intact"
         ):
             save(path, {"epoch": 2})
     assert load(path) == {"epoch": 1}
@@ -84,7 +84,7 @@ def test_the_newest_checkpoint_is_that_from_which_least_is_to_be_done(tmp_path):
     (tmp_path / "checkpoint_last.pth.tar").write_bytes(whole[: len(whole) // 2])
     assert newest(tmp_path, told.append) == tmp_path / "checkpoint_0009.pth.tar"
     assert len(told) == 1
-    assert told[0].startswith(f"passed over: {tmp_path / 'checkpoint_last.pth.tar'} is not a checkpoint")
+    assert told[0].startswith(f"skipped: {tmp_path / 'checkpoint_last.pth.tar'} is not a checkpoint")
 
 
 def flip_a_bit(path, at=0.5):

@@ -65,7 +65,7 @@ def test_a_random_backbone_may_have_a_small_stem():
         return inputs.open_backbone(parser.parse_args(["--small-stem", *words]))[0]
 
     assert opened("--random-init", "-a", "resnet18").conv1.kernel_size == (3, 3)
-    with pytest.raises(CheckpointError, match="a file tells by itself"):
+    with pytest.raises(CheckpointError, match="a checkpoint's own is recognized"):
         opened("--pretrained", "c.pth.tar")
     with pytest.raises(CheckpointError, match="shufflenet_v2_x0_5 does not begin with"):
         opened("--random-init", "-a", "shufflenet_v2_x0_5")
@@ -155,21 +155,21 @@ MISSHAPEN = {
         "",
         False,
         f"{LACKS}; put the images into {{}}/train/<class>/, or straight into {{}} if they have no labels; "
-        "2 .heic, 1 .txt there are left out: what is read ends in .apng, ",
+        "2 .heic, 1 .txt there are left out: the extensions read are .apng, ",
     ),
     "other files alone in classes": (
         ["train/a/1.heic", "train/b/2.heic", "train/b/.3.heic", "train/b/@eaDir/3.heic", "train/b/Thumbs.db", "train/README"],
         "",
         True,
         "{}: no image in {}/train/<class>/; put JPEG, PNG or other images there; "
-        "2 .heic, 1 without ending there are left out: what is read ends in .apng, ",
+        "2 .heic, 1 without extension there are left out: the extensions read are .apng, ",
     ),
     "ImageNet's flat val": (
         ["train/ILSVRC2012_val_00000001.JPEG"],
         "",
         True,
         "{}: images lie in {}/train itself; put them into {}/train/<class>/, which names their label; "
-        "torchvision.datasets.ImageNet('{}', 'train') does so from ILSVRC2012_img_train.tar and",
+        "or move train/ away, put ILSVRC2012_img_train.tar and ILSVRC2012_devkit_t12.tar.gz into {}, and call torchvision",
     ),
     "no images in train": (["train/a/.1.png", "1.png"], "", False, "{}: no image in {}/train/<class>/"),
 }
@@ -226,7 +226,7 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     inputs.keep_unreadable(tmp_path, unreadable)
     text = (tmp_path / "unreadable.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in text] == list(unreadable)
-    assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a link to nowhere)"
+    assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a broken link)"
 
     args.skip_unreadable = False
     kept, unreadable = inputs.leave_out_unreadable(cli.Parser(""), args, Place(), train, val)
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
         inputs.leave_out_unreadable(cli.Parser(""), args, Place(), images)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert "caf\\udce9.jpg: it is empty, or no image of a known format" in out
+    assert "caf\\udce9.jpg: it is empty, or not an image of a known format" in out
     assert f"DIR {tmp_path}: none of the 1 images of {tmp_path} can be read" in err
     path = str(tmp_path / "caf\udce9.jpg")
     inputs.keep_unreadable(tmp_path, {path: "it is empty"})
@@ -318,7 +318,7 @@ def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, capsy
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "old.json")  # root may write everywhere
     with pytest.raises(SystemExit):
         preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json"))
-    assert capsys.readouterr().err.endswith(f"--output: no right to write {tmp_path}/old.json; name another file\n")
+    assert capsys.readouterr().err.endswith(f"--output: no permission to write {tmp_path}/old.json; name another file\n")
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def without(variables, *names):
         (TORCHRUN | {"RANK": "zero"}, "RANK=zero is not a number"),
         (TORCHRUN | {"RANK": -1}, "RANK=-1 is not a number"),
         (TORCHRUN | {"MASTER_PORT": 70000}, "MASTER_PORT=70000 is not a number from 0 to 65535"),
-        (SRUN | {"SLURM_NODELIST": "a[1-2],b"}, "SLURM's 3 nodes must have as many tasks each"),
+        (SRUN | {"SLURM_NODELIST": "a[1-2],b"}, "SLURM's 3 nodes need equally many tasks"),
     ],
 )
 def test_what_a_launcher_sets_by_half_is_one_line(monkeypatch, capsys, variables, told):
@@ -275,7 +275,7 @@ LOST = "another process did not answer"
             torch.distributed.DistBackendError(
                 NCCL.format("remote process exited", "ncclRemoteError", "socketPollConnect: Connection closed by peer a<7>")
             ),
-            f"{LOST}, and nothing is known of its end (socketPollConnect: Connection closed by peer a<7>)",
+            f"{LOST}, and the reason is unknown (socketPollConnect: Connection closed by peer a<7>)",
         ),
         (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7"), LOST),
         (torch.distributed.DistNetworkError("Connection reset"), LOST),
@@ -347,7 +347,7 @@ def test_a_process_has_its_part_of_the_cores_or_those_that_it_is_bound_to(monkey
     ("second", "told"),
     [
         ((1, 2, 0.1), "--temperature is 0.2 on one node, 0.1 on another; give all the same options"),
-        ((1, 3), "a node counts 3 processes, 1 on each node, another 2 processes, 1 on each node; start as many on each"),
+        ((1, 3), "a node counts 3 processes, 1 on each node, another 2 processes, 1 on each node; start equally many on each"),
         ((0, 2), "two processes are number 0 of 2; give each node its own --rank"),
     ],
 )

@@ -172,7 +172,7 @@ def test_several_learning_rates_go_on_where_each_was_stopped(alone_and_together,
 def test_a_learning_rate_that_diverges_ends_alone(six_classes, pretrained, tmp_path, capsys):
     script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--lr", "0.1,9e29", "--wd", "9e29", "--epochs", 1)
     out = capsys.readouterr().out
-    assert "warning: the loss of epoch 1 is not a finite number, at learning rate 9e+29; this head ends here\n" in out
+    assert "warning: the loss of epoch 1 is not a finite number, at learning rate 9e+29; its training ends here\n" in out
 
 
 def plain_finetuning(folder, pretrained, names, epochs, schedule, first, gamma, wd, batch, seed):
@@ -473,8 +473,8 @@ def break_class(root):
 
 
 WRONG = {
-    "a class that val lacks": (remove_class, "{weights}", "class 3 is in one of them alone"),
-    "a class that train lacks": (rename_class, "{weights}", "class 3 is in one of them alone"),
+    "a class that val lacks": (remove_class, "{weights}", "only one of them has class 3"),
+    "a class that train lacks": (rename_class, "{weights}", "only one of them has class 3"),
     "an empty class": (empty_class, "{weights}", "no image in {root}/train/class 2"),
     "a class that cannot be read": (
         break_class,
@@ -488,13 +488,13 @@ WRONG = {
     "another backbone": (
         None,
         "--resume {probe} --pretrained {other}",
-        "another backbone than --pretrained, conv1.0.weight",
+        "a different backbone from --pretrained: conv1.0.weight",
     ),
-    "not a probe": (None, "--resume {checkpoint}", "is no checkpoint of a linear probe: it has no classes"),
+    "not a probe": (None, "--resume {checkpoint}", "is not a checkpoint of a linear probe: it has no classes"),
     "weights that are no numbers": (None, "--pretrained {nan}", "--pretrained: {nan}: not all numbers of conv1.0.weight"),
     "a head that is no numbers": (None, "--resume {nan_probe}", "--resume: {nan_probe}: not all numbers of fc.bias"),
-    "no weights": (None, "", "--pretrained: name a checkpoint"),
-    "pixels to go on with": (None, "--pixels --resume auto", "--resume: a probe of --pixels cannot go on; leave it out"),
+    "no weights": (None, "", "--pretrained: give exactly one of"),
+    "pixels to go on with": (None, "--pixels --resume auto", "--resume: a probe of --pixels cannot be resumed; leave it out"),
     "nothing to evaluate, and no weights": (None, "-e", "--evaluate: name the finished probe with --resume"),
     "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
     "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
@@ -504,15 +504,15 @@ WRONG = {
     "one image to fine-tune with": (None, "{weights} --finetune -b 1", "--batch-size: BatchNorm needs two images"),
     "a backbone's learning rate": (None, "{weights} --lr-backbone 1", "--lr-backbone is an option of --finetune"),
     "a probe to fine-tune": (None, "--resume {probe} --finetune", "holds a linear probe; leave --finetune out"),
-    "a learning rate twice": (None, "{weights} --lr 1,1.0", "--lr: 1,1.0: a number stands there twice"),
+    "a learning rate twice": (None, "{weights} --lr 1,1.0", "--lr: 1,1.0: a number is listed twice"),
     "a learning rate of 0": (None, "{weights} --lr 1,0", "--lr: '0' is not a number above 0"),
-    "two learning rates of one file": (None, "--resume {probe} --lr 1,2", "holds one head; give one rate"),
+    "two learning rates of one file": (None, "--resume {probe} --lr 1,2", "holds one classifier; give one rate"),
     "a subset and a percentage": (None, "{weights} --subset {list} --percent 1", "--percent: --subset has chosen"),
     "no subset": (None, "{weights} --subset nowhere", "--subset nowhere: it cannot be read (No such file or directory)"),
     "a name of no image": (None, "{weights} --subset {list}", "/train has no image n01440764_10026.JPEG (1 such names)"),
     "a name of several images": (None, "{weights} --subset {short}", "several images are called 0.png; write <class>/0.png"),
-    "an empty subset": (None, "{weights} --finetune --subset {empty}", "--subset {empty}: fewer two images"),
-    "batch and processes": (None, "{weights} --nproc 3", "--batch-size 8: the 3 processes"),
+    "an empty subset": (None, "{weights} --finetune --subset {empty}", "--subset {empty}: fewer than two images"),
+    "batch and processes": (None, "{weights} --nproc 3", "--batch-size 8: it is not divisible by the 3 processes"),
 }
 
 

@@ -70,7 +70,8 @@ def test_an_unreadable_image_is_named_without_an_option_that_is_not_here(voc_roo
     with pytest.raises(SystemExit) as stop:
         run_script(eval_svm_voc, root, "--pixels", "--image-size", 8, "--num-workers", 0)
     assert stop.value.code == 1
-    assert capsys.readouterr().err.endswith("000001.jpg: it is empty, or no image of a known format; mend or remove the file\n")
+    told = "000001.jpg: it is empty, or not an image of a known format; repair or remove the file\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

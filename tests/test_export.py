@@ -116,8 +116,8 @@ def test_a_folder_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("out", "told"),
     [
-        ("b.onnx", r"b\.onnx: give it the ending \.pth, \.safetensors or \.pkl"),
-        ("b.pth.tar", "give it the ending"),
+        ("b.onnx", r"b\.onnx: give it the extension \.pth, \.safetensors or \.pkl"),
+        ("b.pth.tar", "give it the extension"),
         ("b.pkl", "have no shufflenet_v2_x0_5"),
         ("b", "have no shufflenet_v2_x0_5"),
     ],

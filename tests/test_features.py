@@ -224,7 +224,7 @@ def test_two_runs_into_one_folder_exclude_each_other(pretrained, six_classes, tm
     ("words", "told"),
     [
         (["--num-cluster", "38"], "--num-cluster 38: more clusters than the 37 images; lower it"),
-        (["--num-cluster", "3,3"], "stands there twice"),
+        (["--num-cluster", "3,3"], "is listed twice"),
         (["--num-cluster", "3,x"], "'x' is not an integer from 1"),
         (["--image-size", "0"], "'0' is not an integer from 1"),
         (["--image-size", "8192", "-b", "1000000"], "--image-size 8192: no memory holds 1000000 such images; lower it"),
@@ -260,7 +260,7 @@ def test_data_that_cannot_work_are_one_line(pretrained, six_classes, tmp_path, c
     (data / "train" / "c").rename(data / "train" / "b")
     assert "class a has one training image" in told(data, "--logistic")
     (data / "train" / "b" / "0.png").rename(data / "train" / "b" / "0\n1.png")
-    assert "fills two lines; rename it" in told(data)
+    assert "contains a line break; rename it" in told(data)
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +281,7 @@ def test_an_unreadable_image_is_one_line_during_the_work(pretrained, tmp_path, c
     (data / "a").mkdir(parents=True)
     (data / "a" / "broken.jpg").write_bytes(b"\xff\xd8nothing")
     line = error_of(capsys, pretrained, data, "--out", tmp_path / "out", *SMALL, code=1)
-    assert line.endswith("mend or remove the file")  # and no option that is not here
+    assert line.endswith("repair or remove the file")  # and no option that is not here
     assert str(data / "a" / "broken.jpg") in line
 
 

@@ -216,7 +216,7 @@ def spoilt(folder):
             reasons[path.name] = ""
     for name, content in (("empty.jpg", b""), ("text.png", b"not an image")):
         (folder / name).write_bytes(content)
-        reasons[name] = "it is empty, or no image of a known format"
+        reasons[name] = "it is empty, or not an image of a known format"
     for name, pixels in (("float.tif", np.float32(DEEP)), ("deeper.tif", np.int32(DEEP))):
         Image.fromarray(pixels).save(folder / name)
         reasons[name] = "its pixels are signed, 32-bit or floating-point numbers of no known range"
@@ -228,12 +228,12 @@ def spoilt(folder):
     (folder / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")  # runs Ghostscript
     write_png(folder / "bomb.png", (100000, 100000), 8, bytes(1000))
     return reasons | {
-        "nowhere.jpg": "no such file (removed meanwhile, or a link to nowhere)",
+        "nowhere.jpg": "no such file (removed meanwhile, or a broken link)",
         "itself.jpg": "Too many levels of symbolic links",
         "folder.jpg": "Is a directory",
         "pipe.jpg": "it is a pipe, a socket or a device, not a regular file",
         "zero.jpg": "it is a pipe, a socket or a device, not a regular file",
-        "postscript.png": "it is empty, or no image of a known format",
+        "postscript.png": "it is empty, or not an image of a known format",
         "bomb.png": "100000 x 100000 pixels are more than memory could hold",
     }
 
@@ -245,6 +245,6 @@ def test_what_cannot_be_read_whole_is_named_in_one_line(tmp_path, read):
             read(tmp_path / name)
         told = str(error.value)
         assert told.startswith(f"cannot read the image {tmp_path / name}: {reason}")
-        assert told.endswith("; mend or remove the file")
+        assert told.endswith("; repair or remove the file")
         assert told.count(str(tmp_path)) == 1
         assert "\n" not in told

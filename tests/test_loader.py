@@ -64,8 +64,8 @@ def test_a_file_that_vanishes_is_named(tmp_path):
         with pytest.raises(UnreadableImageError) as error:
             list(make_loader(folder, range(2), 1, workers))
         assert str(error.value) == (
-            f"cannot read the image {tmp_path}/b.jpg: no such file (removed meanwhile, or a link to nowhere); "
-            "mend or remove the file"
+            f"cannot read the image {tmp_path}/b.jpg: no such file (removed meanwhile, or a broken link); "
+            "repair or remove the file"
         )
         (tmp_path / "moved").rename(tmp_path / "b.jpg")
 
@@ -166,7 +166,7 @@ def test_the_fingerprint_is_of_the_names_below_the_root(tmp_path):
         (["a/b/1.png", "c/d/2.png"], "the classes are the folders of {root} (2); all images lie deeper, in folders below them"),
         (
             ["1.png", "a/2.png"],
-            "images lie in {root} itself: those in the folders below it are one set with them, without labels",
+            "images lie in {root} itself: they and those in the folders below it are one set without labels",
         ),
     ],
 )
@@ -204,11 +204,11 @@ def test_files_that_are_left_out_are_counted_by_ending(tmp_path):
     write(tmp_path, "a/1.heic", "a/2.HEIC", "b/c/3.heic", "labels.csv", "b/README", "b/.hidden.heic", "a/x.tar.gz")
     (told,) = IndexedFolder(tmp_path, np.asarray).layout_notes()
     assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
-    assert sorted(told.partition(".heic, ")[2].split(", ")) == ["1 .csv", "1 .gz", "1 without ending"]
+    assert sorted(told.partition(".heic, ")[2].split(", ")) == ["1 .csv", "1 .gz", "1 without extension"]
     write(tmp_path, *[f"b/{i}.{i}" for i in range(20)])
     (told,) = IndexedFolder(tmp_path, np.asarray).layout_notes()
     assert told.startswith(f"data: left out of {tmp_path}: 3 .heic, ")
-    assert told.endswith(", 16 of other endings")
+    assert told.endswith(", 16 with other extensions")
     write(tmp_path, "x.png", "y.heic")  # one set without labels
     assert IndexedFolder(tmp_path, np.asarray).left_out[".heic"] == 4
 
@@ -467,8 +467,8 @@ def run_out_of_memory():
 
 
 FAILURES = {
-    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "a loader process has ended, mostly for want of memory"),
-    "shared memory": (run_out_of_shared_memory, r"/dev/shm, .* --shm-size=8g\), or take fewer .*-j 0; .*--num-workers 0"),
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "a loader process has ended, usually for lack of memory"),
+    "shared memory": (run_out_of_shared_memory, r"/dev/shm, .* --shm-size=8g\), or use fewer .*-j 0; .*--num-workers 0"),
     "open files": (run_out_of_files, "ulimit -n 4096"),
     "open files while a batch is sent": (Unsendable, "ulimit -n 4096"),
     "memory": (run_out_of_memory, "out of memory while loading"),

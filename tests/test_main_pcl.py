@@ -380,7 +380,8 @@ def test_an_image_that_cannot_be_read_is_named(image_folder, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err == (
         f"main_pcl.py: error: cannot read the image {tmp_path}/images/train/a/07.png: "
-        "it is empty, or no image of a known format; mend or remove the file, or leave such files out with --skip-unreadable\n"
+        "it is empty, or not an image of a known format; repair or remove the file, "
+        "or leave such files out with --skip-unreadable\n"
     )
 
 
@@ -537,11 +538,11 @@ WRONG = {
     "batch and processes": (
         "{images}",
         "-b 9 --nproc 2",
-        "--batch-size 9: the 2 processes of this node do not divide it; try 8",
+        "--batch-size 9: it is not divisible by the 2 processes of this node; try 8",
     ),
     "short queue": ("{images}", "--pcl-r 7", "--pcl-r 7: the queue is shorter than one batch; raise it to 8"),
     "granularity no integer": ("{images}", "--num-cluster 3,x", "--num-cluster: 'x' is not an integer"),
-    "granularity twice": ("{images}", "--num-cluster 3,3", "--num-cluster: 3,3: a number stands there twice"),
+    "granularity twice": ("{images}", "--num-cluster 3,3", "--num-cluster: 3,3: a number is listed twice"),
     "granularity too large": ("{images}", "--num-cluster 3,26", "--num-cluster 26: more clusters than the 25 images"),
     "unknown architecture": ("{images}", "-a vgg16", "argument -a/--arch: invalid choice: 'vgg16'"),
     "no checkpoint": ("{images}", "--resume nothing.pth", "--resume: nothing.pth: no such file"),

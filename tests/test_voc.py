@@ -61,7 +61,7 @@ WRONG = {
     "no folder": (lambda root: (lists(root) / "trainval.txt").unlink(), r"trainval\.txt: no such file; --download"),
     "an image is missing": (
         lambda root: (root / "VOCdevkit/VOC2007/JPEGImages/000007.jpg").unlink(),
-        r"1 images of trainval are missing, the first .*000007\.jpg \(or another ending\); put them there; --download",
+        r"1 images of trainval are missing, the first .*000007\.jpg \(or with another extension\); put them there; --download",
     ),
     "a class file is short": (
         lambda root: cut(lists(root) / "dog_trainval.txt", 38),
@@ -119,7 +119,7 @@ def test_images_may_have_any_ending_in_the_lists_too(root, ending, listed):
 def test_two_images_of_one_name_are_told_apart_by_the_list_or_not_at_all(root):
     images = root / "VOCdevkit/VOC2007/JPEGImages"
     shutil.copy(images / "000003.jpg", images / "000003.png")
-    with pytest.raises(VOCError, match=r"000003\.jpg and .*000003\.png have one name"):
+    with pytest.raises(VOCError, match=r"000003\.jpg and .*000003\.png have the same name"):
         VOCSplit(root, "trainval", np.asarray)
     for path in lists(root).glob("*trainval.txt"):
         path.write_text(path.read_text().replace("000003", "000003.jpg"))
@@ -308,7 +308,7 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, server, monkeypatch)
     root = tmp_path / "new"
     with monkeypatch.context() as patch:
         patch.setattr(server, "limit", 1000)
-        with pytest.raises(VOCError, match="the connection broke; the same command goes on from here"):
+        with pytest.raises(VOCError, match="the connection broke; the same command continues from here"):
             voc.download(root)
     assert not (root / "VOCdevkit").exists()
     voc.download(root)
@@ -320,14 +320,14 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, server, monkeypatch)
 
 def test_a_download_with_another_checksum_is_not_used(tmp_path, server):
     server.files["/2007.tar"] = server.files["/2007.tar"][::-1]
-    with pytest.raises(VOCError, match="did not give the file of checksum"):
+    with pytest.raises(VOCError, match="gave a file whose checksum is not"):
         voc.download(tmp_path / "new")
     assert not any((tmp_path / "new").iterdir())
 
 
 def test_a_whole_archive_with_wrong_bytes_is_fetched_anew(tmp_path, server):
     (tmp_path / "2007.tar").write_bytes(server.files["/2007.tar"][::-1])
-    with pytest.raises(VOCError, match="had all its bytes, and some were wrong; it was removed, try again"):
+    with pytest.raises(VOCError, match="was complete but damaged, and was removed; try again"):
         voc.download(tmp_path)
     voc.download(tmp_path)
     assert (tmp_path / "VOCdevkit" / "2007.txt").exists()

@@ -53,7 +53,7 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
         if Path(images.path(0)).name.startswith("ILSVRC2012_"):
             archives = f"ILSVRC2012_img_{split}.tar and ILSVRC2012_devkit_t12.tar.gz"
             call = f"torchvision.datasets.ImageNet({str(data)!r}, {split!r})"
-            remedy += f"; {call} does so from {archives} in it, without {split}/"
+            remedy += f"; or move {split}/ away, put {archives} into {data}, and call {call}"
         parser.error(f"DIR {data}: images lie in {root} itself; {remedy}")
     return images
 
@@ -63,7 +63,7 @@ def open_labelled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFol
     train, val = (open_folder(parser, data, split) for split in ("train", "val"))
     if train.classes != val.classes:
         name = min(set(train.classes) ^ set(val.classes))
-        parser.error(f"DIR {data}: train/ and val/ must hold the same class folders; {name} is in one of them alone")
+        parser.error(f"DIR {data}: train/ and val/ must hold the same class folders; only one of them has {name}")
     if len(train.classes) < 2:
         parser.error(f"DIR {data}: train/ and val/ hold one class; folders of two or more are needed")
     return train, val
@@ -166,9 +166,9 @@ def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:
         CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit; names the option.
     """
     if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
-        raise CheckpointError("--pretrained: name a checkpoint, or else give --random-init or --pixels for a baseline")
+        raise CheckpointError("--pretrained: give exactly one of --pretrained FILE, --random-init and --pixels")
     if args.small_stem and not args.random_init:
-        raise CheckpointError("--small-stem is an option of --random-init, since a file tells by itself; leave it out")
+        raise CheckpointError("--small-stem is an option of --random-init; a checkpoint's own is recognized; leave it out")
     if args.pixels:
         if args.arch:
             raise CheckpointError(f"--arch {args.arch}: --pixels needs no network; leave one of them out")
@@ -190,4 +190,4 @@ def note_image_size(args: Namespace) -> None:
     """Say so if the backbone is evaluated at another size than it was trained at."""
     trained = trained_at(args.pretrained) if args.pretrained else None
     if trained not in (None, args.image_size):
-        log(f"note: the backbone was trained at {trained} pixels and sees {args.image_size}; --image-size sets that")
+        log(f"note: the backbone was trained at {trained} pixels, not {args.image_size}; --image-size {trained} would match")

@@ -22,7 +22,7 @@ def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
         try:
             state = {"steps": 0} | load(path, map_location="meta")
         except CheckpointError as error:
-            tell(f"passed over: {error}")
+            tell(f"skipped: {error}")
             continue
         if not wrong_fields(state, ["epoch", "steps"]):
             found.append((state["epoch"], state["steps"], path))

@@ -222,13 +222,13 @@ def _with_remedy(error: Exception, lost: bool) -> Exception:
         return error
     line = line_of(error)
     if lost:
-        return RunError(f"another process did not answer, and nothing is known of its end ({line}); does one hang?")
+        return RunError(f"another process did not answer, and the reason is unknown ({line}); check whether one hangs")
     if is_out_of_memory(error):
         return RunError(reason_of(error))
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return RunError(f"--compile: {line}; leave it out, or install a C++ compiler where the CPU is the device")
+        return RunError(f"--compile: {line}; leave it out, or on a CPU install a C++ compiler")
     if OWN_FAULT_OF_NCCL.search(str(error)):
-        return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO tells more, and --dist-backend gloo does without it")
+        return RunError(f"NCCL: {line}; NCCL_DEBUG=INFO prints more, and --dist-backend gloo avoids NCCL")
     return error
 
 

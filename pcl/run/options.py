@@ -18,12 +18,12 @@ from pcl.networks import architectures
 # fmt: off
 def add_training(
     parser: Parser, *, epochs: int, batch_size: int, lr: Any, schedule: Sequence[int], wd: float, print_freq: int,
-    lr_type: Callable[[str], Any] = positive_float, lr_help: str = "first learning rate",
+    lr_type: Callable[[str], Any] = positive_float, lr_help: str = "initial learning rate",
 ) -> None:
     """The options of any run of SGD, with this script's defaults."""
     group = parser.add_argument_group("training")
     group.add_argument("-j", "--workers", type=cli.processes, metavar="N",
-                       help="loader processes, a total over this node's training processes, by default its cores; 0: none")
+                       help="loader processes of this node in total, by default one for each core; 0: none")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
     group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
     group.add_argument("-b", "--batch-size", type=cli.batch, default=batch_size, metavar="N",
@@ -34,7 +34,8 @@ def add_training(
     group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="of SGD")
     group.add_argument("--wd", "--weight-decay", dest="wd", type=cli.nonnegative_float, default=wd, metavar="WD",
                        help="weight decay")
-    group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N", help="steps between two lines")
+    group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N",
+                       help="steps between two lines of the log")
     group.add_argument("--resume", type=cli.reachable, metavar="PATH",
                        help="go on from this checkpoint; auto: from the newest of this run, or start if there is none")
     group.add_argument("--skip-unreadable", action="store_true",
@@ -51,14 +52,15 @@ def add_launch(parser: Parser) -> None:
     group.add_argument("--rank", type=natural, default=0, metavar="N", help="number of this node, from 0")
     group.add_argument("--dist-url", metavar="URL",
                        help="tcp://HOST:PORT of node 0, the same on every node; one node needs none")
-    group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"], help="without a GPU always gloo")
+    group.add_argument("--dist-backend", default="nccl", choices=["nccl", "gloo"],
+                       help="how GPUs communicate; without a GPU always gloo")
     group.add_argument("--dist-timeout", type=cli.seconds, default=1800.0, metavar="SECONDS",
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
     # torch.distributed.launch adds it; it sets LOCAL_RANK too.
     group.add_argument("--local-rank", "--local_rank", type=natural, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group.add_argument("--seed", type=cli.seed, metavar="N",
-                       help="base of the random seeds, drawn if not given: process r takes seed + r")
+                       help="base of the random seeds, by default drawn at random; process i takes N + i")
 
 
 def add_speed(parser: Parser) -> None:
@@ -80,13 +82,13 @@ def add_small_data(parser: Parser) -> None:
     """The options of pre-training that change the mathematics."""
     group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
     group.add_argument("--fit", type=integer(60), metavar="N",
-                       help="for N images, set what is not given of --num-cluster, --pcl-r, -b, --lr, --moco-m, --warmup-epoch")
+                       help="set --num-cluster, --pcl-r, -b, --lr, --moco-m and --warmup-epoch, unless given, for N images")
     group.add_argument("--small-stem", action="store_true",
                        help="begin with a 3x3 convolution and no max-pool, for images of at most 64 pixels; slower")
     group.add_argument("--bn-splits", type=positive, default=1, metavar="S",
                        help="BatchNorm statistics over each of S groups of a process's batch, as over S GPUs")
     group.add_argument("--mask-duplicates", action="store_true",
-                       help="if images of a batch share a prototype, it is no negative of theirs")
+                       help="do not use an image's own prototype as its negative where other images of the batch share it")
     group.add_argument("--kmeans-every", type=positive, default=1, metavar="E",
                        help="an E-step at every E-th epoch after warm-up; the clusters are kept in between")
     group.add_argument("--fixed-phi", action="store_true",
@@ -130,7 +132,7 @@ def add_files(parser: Parser) -> None:
     group.add_argument("--keep", type=natural, default=0, metavar="N",
                        help="remove kept checkpoints except the newest N; 0 keeps all")
     group.add_argument("--keep-every", type=natural, default=0, metavar="N",
-                       help="with --keep, spare those of every N-th epoch")
+                       help="with --keep, also keep those of every N-th epoch")
     group.add_argument("--monitor-freq", type=natural, default=10, metavar="N",
                        help="measure whether it learns after each E-step and every N epochs of warm-up; 0: never, no pictures")
 
@@ -147,7 +149,7 @@ def add_backbone(parser: Parser) -> None:
     group.add_argument("--small-stem", action="store_true",
                        help="with --random-init, the stem of main_pcl.py --small-stem; a checkpoint's own is recognized")
     group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
-                       help="side of the center crop, which comes from 8/7 of it")
+                       help="side of the center crop, from images scaled to 8/7 of it")
 
 
 def add_output(parser: Parser) -> None:

@@ -95,7 +95,7 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
          "--world-size: several nodes need --dist-url tcp://HOST:PORT, the address of node 0"),
         (place.spawns and args.dist_url == "env://", wrong_address),
         (args.batch_size % nproc,
-         f"--batch-size {args.batch_size}: the {nproc} processes of this node do not divide it; "
+         f"--batch-size {args.batch_size}: it is not divisible by the {nproc} processes of this node; "
          f"try {max(args.batch_size - args.batch_size % nproc, nproc)}"),
     )  # fmt: skip
     for wrong, message in checks:
@@ -120,7 +120,7 @@ def check_output(parser: Parser, args: Namespace) -> None:
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output and args.output.exists() and not os.access(args.output, os.W_OK):
-        parser.error(f"--output: no right to write {args.output}; name another file")
+        parser.error(f"--output: no permission to write {args.output}; name another file")
     if args.output:
         check_folder(parser, "--output", args.output.parent)
 
@@ -133,7 +133,7 @@ def check_folder(parser: Parser, option: str, folder: Path) -> None:
     if not place.is_dir():
         parser.error(f"{option}: {place} is a file; name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        parser.error(f"{option}: no right to write into {place}; name another folder")
+        parser.error(f"{option}: no permission to write into {place}; name another folder")
 
 
 def check_memory(parser: Parser, option: str, numbers: int, what: str) -> None:
@@ -172,7 +172,7 @@ def check_lone_image(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -
 
 
 def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[Plan, dict[str, Any] | None]:
-    """Load the checkpoint to go on from, if there is one, into the model; the plan with its epoch and seed, and it."""
+    """Load the checkpoint to resume from, if any, into the model; return the plan with its epoch and seed, and its contents."""
     notes: list[str] = []
     resume = args.resume or ""
     if args.init and resume not in ("", "auto"):
@@ -180,7 +180,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
     if resume == "auto":
         resume = str(kept.newest(args.exp_dir, notes.append) or "")
         if notes and not resume:
-            parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to begin anew")
+            parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to start over")
     plan = replace(plan, resume=resume, epoch=args.start_epoch)
     try:
         check_other_run(args, plan)

@@ -78,7 +78,7 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
         frozen = not state.get("finetune")
         if frozen and (i or args.pretrained) and (changed := first_difference(network, backbone.state_dict())):
             given = "--pretrained" if args.pretrained else next(iter(loaded))
-            raise checkpoint.CheckpointError(f"--resume: {path} has another backbone than {given}, {changed}")
+            raise checkpoint.CheckpointError(f"--resume: {path} has a different backbone from {given}: {changed}")
         backbone, source = network, state["source"]
     heads = []
     for lr, name, folder, path in zip(args.lr, names, folders, paths, strict=True):

@@ -28,11 +28,14 @@ def check(parser: Parser, args: Namespace) -> Plan:
     several = len(args.lr) > 1
     checks = (
         (args.evaluate and not args.resume, "--evaluate: name the finished probe with --resume"),
-        (args.pixels and args.resume, "--resume: a probe of --pixels cannot go on; leave it out, and take a new --id"),
+        (args.pixels and args.resume, "--resume: a probe of --pixels cannot be resumed; leave it out, and take a new --id"),
         (args.finetune and args.pixels, "--finetune: --pixels has no weights to train; leave one of them out"),
         (args.finetune and several, "--lr: --finetune trains one network; give one learning rate"),
         (args.lr_backbone and not args.finetune, "--lr-backbone is an option of --finetune; leave it out, or give that too"),
-        (several and args.resume not in (None, "auto"), f"--lr: {args.resume} holds one head; give one rate or --resume auto"),
+        (
+            several and args.resume not in (None, "auto"),
+            f"--lr: {args.resume} holds one classifier; give one rate or --resume auto",
+        ),
         (args.subset and args.percent < 100, "--percent: --subset has chosen the images; leave one of them out"),
         (args.finetune and plan.batch < 2, "--batch-size: BatchNorm needs two images of each process in a step; raise it"),
     )
@@ -78,8 +81,8 @@ def check_images(args: Namespace, plan: Plan, train: IndexedFolder, val: Indexed
     each = len(labelled_images(train, args, complete=not plan.unreadable)) // plan.place.world
     if each < 1 + args.finetune:
         option = f"--subset {args.subset}" if args.subset else f"--percent {args.percent:g}"
-        needed = "two images for each process, which BatchNorm needs" if args.finetune else "images than processes"
-        raise RunError(f"{option}: fewer {needed}; choose more, or lower --nproc")
+        few = "fewer than two images per process, which BatchNorm needs" if args.finetune else "fewer images than processes"
+        raise RunError(f"{option}: {few}; choose more, or lower --nproc")
 
 
 def label_subset(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
@@ -114,5 +117,6 @@ def labelled_images(train: IndexedFolder, args: Namespace, seed: int = 0, comple
                 raise RunError(f"--subset {args.subset}: several images are called {name}; write <class>/{name}")
             found[name] = i
     if complete and (missing := sorted(names - found.keys())):
-        raise RunError(f"--subset {args.subset}: {train.root} has no image {missing[0]} ({len(missing)} such names)")
+        told = f"{train.root} has no image {missing[0]} ({len(missing)} such names)"
+        raise RunError(f"--subset {args.subset}: {told}; correct the list")
     return train.subset(np.unique(np.array([*found.values()], dtype=int)))

@@ -34,7 +34,7 @@ def terms_of(epoch: int, args: Namespace, plan: Plan) -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """What is done of an epoch: nothing, its clusters (new ones or those of an earlier E-step), steps of its M-step too."""
+    """How far an epoch has come: nothing yet, its clusters (new or of an earlier E-step), or steps of its M-step too."""
 
     epoch: int = 0
     steps: int = 0
@@ -56,7 +56,7 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], args: Namespace, plan: Plan, device: torch.device | str = "cpu") -> Progress:
-        """Of the epoch to go on with; nothing is done of it if these images and options cannot finish it.
+        """The progress in the saved epoch: none if these images and options cannot finish that epoch.
 
         Raises:
             Exception: of any kind, if the state is not one that a run writes.
@@ -90,7 +90,7 @@ class Progress:
             note_changes(state, plan.settings(args))
             progress = cls.from_state(state, args, plan, model.module.queue.device)
             if "terms" in state and not (progress.steps or progress.clusterings):
-                log(f"epoch {progress.epoch + 1} begins anew: images, batch, seed or clusters are not those of {plan.resume}")
+                log(f"epoch {progress.epoch + 1} starts over: images, batch, seed or clusters are not those of {plan.resume}")
         queue = zlib.crc32(model.module.queue.cpu().numpy().tobytes())  # no two steps have the same
         inputs.check_same_start(f"--exp-dir {args.exp_dir}", progress.epoch, progress.steps, queue)
         return progress, replace(plan, epoch=progress.epoch, step=progress.steps)
@@ -102,4 +102,4 @@ def rehearse(parser: Parser, args: Namespace, plan: Plan, state: dict[str, Any] 
         if state:
             Progress.from_state(state, args, plan)
     except Exception:  # of many kinds, as many as a file can be wrong
-        parser.error(f"--resume: {plan.resume} does not tell what is done of epoch {plan.epoch + 1}; name another file")
+        parser.error(f"--resume: the progress within epoch {plan.epoch + 1} in {plan.resume} cannot be read; name another file")

@@ -88,7 +88,7 @@ def launched_outside(args: Namespace) -> Place | None:
     rank, world, local_rank, local_world = map(_number_of, names)
     for number, name, total, of in ((rank, names[0], world, names[1]), (local_rank, names[2], local_world, names[3])):
         if number is not None and total is not None and number >= total:
-            raise RunError(f"{name}={number} must be less than {of}={total}; mend what sets them")
+            raise RunError(f"{name}={number} must be less than {of}={total}; correct what sets them")
     if world == 1 and len(told) < 3:
         return None  # variables of a single process
     if rank is None or world is None or local_rank is None:
@@ -102,7 +102,7 @@ def launched_outside(args: Namespace) -> Place | None:
         if not hosts:
             raise _missing("SLURM_NODELIST")
         if world % len(hosts):
-            raise RunError(f"{names[1]}={world}: SLURM's {len(hosts)} nodes must have as many tasks each (--ntasks-per-node)")
+            raise RunError(f"{names[1]}={world}: SLURM's {len(hosts)} nodes need equally many tasks (--ntasks-per-node)")
         local_world, host = world // len(hosts), host or (hosts[0] if len(hosts) > 1 else LOOPBACK)
         # The same for all tasks of a step, and most likely another one for another step or job.
         port = port or 10000 + sum(_number_of(name, 2**63) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")) % 20000
@@ -116,7 +116,7 @@ def launched_outside(args: Namespace) -> Place | None:
 def _number_of(variable: str, limit: int = 2**16) -> int | None:
     text = os.environ.get(variable, "")
     if text and not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < limit):
-        raise RunError(f"{variable}={text} is not a number from 0 to {limit - 1}; mend what sets it, or unset it")
+        raise RunError(f"{variable}={text} is not a number from 0 to {limit - 1}; correct what sets it, or unset it")
     return int(text) if text else None
 
 
@@ -179,7 +179,7 @@ def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) ->
         others = json.loads(words.compare_set("options", "", json.dumps(given)))
         differ = [(name, others.get(name), value) for name, value in given.items() if others.get(name) != value]
         if (other := words.compare_set("plan", "", plan).decode()) != plan:
-            words.set("problem", f"a node counts {plan}, another {other}; start as many on each (--nproc, --world-size)")
+            words.set("problem", f"a node counts {plan}, another {other}; start equally many on each (--nproc, --world-size)")
         elif words.add(f"process/{place.rank}", 1) > 1:
             words.set("problem", f"two processes are number {place.rank} of {place.world}; give each node its own --rank")
         elif differ:
@@ -208,7 +208,7 @@ def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) ->
         reason = reason_of(error).splitlines()[0]
         if serves:
             raise RunError(f"{where}: processes cannot meet there: {reason}") from None
-        raise RunError(f"{where}: process 0 did not answer {within}: {reason}; is node 0 running, and is it there?") from None
+        raise RunError(f"{where}: process 0 did not answer {within}: {reason}; check that node 0 runs there") from None
     if verdict := words.get("verdict").decode():
         time.sleep(1)  # the others are to hear of it before the store is gone
         del words, store

@@ -49,7 +49,7 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     else:
         for k, most in zip(args.num_cluster, negatives, strict=True):
             told = few if len(images) < 10 * k else ""
-            log(f"clusters: {k} of {len(images) / k:.0f} images, {most} negatives at most{told}")
+            log(f"clusters: {k}, of {len(images) / k:.0f} images on average, with at most {most} negatives{told}")
     log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
 
 
@@ -57,7 +57,7 @@ def advise(means: dict[str, float], args: Namespace, plan: Plan) -> None:
     """Say, after the first epoch, whether loading or computing holds this run up, and what would help."""
     waiting, processes = means["data_seconds"] / means["seconds"], plan.place.local_world
     if waiting < 0.1:
-        remedy = "a faster or further GPU" + ", or on new ones --amp bf16 --channels-last" * (args.amp == "off")
+        remedy = "a faster GPU or more GPUs" + ", or on new ones --amp bf16 --channels-last" * (args.amp == "off")
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
         return
     if plan.workers < plan.place.cores:
@@ -78,7 +78,7 @@ def draw_pictures(exp_dir: Path) -> None:
         log(f"pictures: {exp_dir / 'figures'}")
     except Exception as error:
         reason = " ".join(str(error).split())
-        log(f"pictures could not be drawn ({reason}); mend that and try: python -m pcl.figures {exp_dir}")
+        log(f"pictures could not be drawn ({reason}); fix that and run: python -m pcl.figures {exp_dir}")
 
 
 def warn_if_collapsed(features: torch.Tensor, epoch: int, images: IndexedFolder) -> None:
