@@ -29,10 +29,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {match[1].rstrip('=')}: '--' is not a value")
         return super().parse_known_args(words, namespace)
 
-    def error(self, message: str) -> NoReturn:
-        self.fail(2, message)
-
-    def fail(self, code: int, message: str) -> NoReturn:
+    def error(self, message: str, code: int = 2) -> NoReturn:
         """End with one line."""
         self.exit(code, f"{self.prog}: error: {printable(message)}\n")
 
@@ -44,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         except Exception as error:
             if not (isinstance(error, USER_ERRORS) or is_out_of_memory(error)):
                 raise
-            self.fail(code, reason_of(error))
+            self.error(reason_of(error), code)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
