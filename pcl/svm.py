@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import make_scorer
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
@@ -77,9 +78,6 @@ def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
         warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of iterations is meant to be met
         if job.cross_validated:
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-            return cross_val_score(svm, features.of(job.rows), positive, cv=folds, scoring=_average_precision)
+            scoring = make_scorer(average_precision, response_method="decision_function")
+            return cross_val_score(svm, features.of(job.rows), positive, cv=folds, scoring=scoring)
         return svm.fit(features.of(job.rows), positive).decision_function(features.test)
-
-
-def _average_precision(svm: LinearSVC, rows: np.ndarray, positive: np.ndarray) -> float:
-    return average_precision(positive, svm.decision_function(rows))
