@@ -35,7 +35,7 @@ def operations(num_images: int) -> float:
 
 
 def work(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
-    sharded.ITERATIONS, sharded.RESTARTS, clustering.RESTARTS = MEASURED, 1, 1
+    clustering.ITERATIONS, clustering.RESTARTS = MEASURED, 1
     empty = peak()
     features = torch.empty(NUM_IMAGES // 2, DIM).normal_()
     for rows in features.split(10_000):

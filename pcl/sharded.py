@@ -19,20 +19,9 @@ from faiss.contrib import clustering as contrib
 from faiss.contrib.torch.clustering import DatasetAssign
 from torch import Tensor
 
+from pcl import clustering
 from pcl.checks import above_zero, integer, tensors
-from pcl.clustering import (
-    CHUNK,
-    ITERATIONS,
-    MAX_POINTS,
-    RESTARTS,
-    Clustering,
-    concentration_of_sums,
-    held_by_float32,
-    jobs_of,
-    nearest_centroids,
-    permutation,
-    seeds_of,
-)
+from pcl.clustering import Clustering, permutation
 from pcl.distributed import gather_interleaved, get_rank, get_world_size, sum_over_ranks
 
 # faiss's function with a `print` that does nothing: it prints even if it is not verbose.
@@ -68,22 +57,22 @@ def cluster_all_sharded(
     """
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
-    jobs = jobs_of(num_clusters, seeds, num_images)
+    jobs = clustering.jobs_of(num_clusters, seeds, num_images)
     rows = int(sum_over_ranks(torch.tensor(len(features), device=features.device)))
     if rows != num_images:
         raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
-    features, prototypes_of = held_by_float32(features, sum_over_ranks)
+    features, prototypes_of = clustering.held_by_float32(features, sum_over_ranks)
     features = features.float().contiguous()
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
     found = []
-    for _ in range(0, len(jobs), RESTARTS):
-        _, centroids = min(islice(runs, RESTARTS), key=lambda run: run[0])  # of equal ones the first, as in faiss
+    for _ in range(0, len(jobs), clustering.RESTARTS):
+        _, centroids = min(islice(runs, clustering.RESTARTS), key=lambda run: run[0])  # of equal ones the first, as in faiss
         squared, nearest = assign(features, centroids, tf32)
         sums = features.new_zeros(2, len(centroids), dtype=torch.float64)
         sums[0].index_add_(0, nearest, torch.ones_like(squared, dtype=torch.float64))
         sums[1].index_add_(0, nearest, squared.clamp(min=0).sqrt().double())
         size, spread = sum_over_ranks(sums)
-        phi = concentration_of_sums(size, spread, temperature).float()
+        phi = clustering.concentration_of_sums(size, spread, temperature).float()
         found.append(Clustering(gather_interleaved(nearest, num_images), prototypes_of(centroids), phi))
     return found
 
@@ -96,20 +85,18 @@ def kmeans_sharded(
     Returns:
         the objective (sum of squared distances) and the raw centroids (K, C), on the device of `features`.
     """
-    features = tensors(features=(features, "n C"))[0].detach()
-    num_images = integer("num_images", num_images, 1)
-    num_cluster = integer("num_cluster", num_cluster, 1, num_images)
     # faiss's own choice of images to learn from and to start from. A cluster that runs empty is filled by other random numbers.
-    seen, (seed, start_seed) = None, seeds_of(seed, restart)
-    if num_images > MAX_POINTS * num_cluster:
-        seen = permutation(num_images, seed)[: MAX_POINTS * num_cluster]
-    first = permutation(num_images if seen is None else len(seen), start_seed + 1)[:num_cluster]
-    start = _rows_of_images(features, first if seen is None else seen[first])  # (K, C)
+    rank, world = get_rank(), get_world_size()
+    (seed, start_seed), most = clustering.seeds_of(seed, restart), clustering.MAX_POINTS * num_cluster
+    seen = permutation(num_images, seed)[:most] if num_images > most else None
+    first = permutation(min(num_images, most), start_seed + 1)[:num_cluster]
+    first = first if seen is None else seen[first]  # (K,)
+    here, start = first % world == rank, features.new_zeros(num_cluster, features.shape[1])  # (K,), (K, C)
+    start[torch.from_numpy(here)] = features[torch.from_numpy(first[here] // world).to(features.device)]
     if seen is not None:
-        world = get_world_size()
-        features = features[torch.from_numpy(seen[seen % world == get_rank()] // world).to(features.device)]
-    options = {"niter": ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
-    centroids, steps = kmeans(num_cluster, RankAssign(features, start, tf32), **options)
+        features = features[torch.from_numpy(seen[seen % world == rank] // world).to(features.device)]
+    options = {"niter": clustering.ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
+    centroids, steps = kmeans(num_cluster, RankAssign(features, sum_over_ranks(start), tf32), **options)
     return steps[-1]["obj"], centroids.float()
 
 
@@ -133,7 +120,7 @@ class RankAssign(DatasetAssign):
         squared, nearest = assign(self.x, centroids.float(), self.tf32)  # (n,), (n,)
         # In double precision, so that the order in which ranks add does not show.
         total = self.x.new_zeros(centroids.shape, dtype=torch.float64)
-        for rows, place in zip(self.x.split(CHUNK), nearest.split(CHUNK), strict=True):
+        for rows, place in zip(self.x.split(clustering.CHUNK), nearest.split(clustering.CHUNK), strict=True):
             total.index_add_(0, place, rows.double())
         count = sum_over_ranks(torch.bincount(nearest, minlength=len(centroids))).cpu().numpy()
         return np.repeat(np.arange(len(count)), count), sum_over_ranks(squared.double().sum()), sum_over_ranks(total)
@@ -142,7 +129,7 @@ class RankAssign(DatasetAssign):
 def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     """Squared L2 distance to, and number of, the nearest centroid of each row: (n,) float32 and (n,) int64."""
     if features.device.type != "cuda":
-        return nearest_centroids(features, centroids)
+        return clustering.nearest_centroids(features, centroids)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
@@ -165,11 +152,3 @@ def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] =
         squared.append((rows - centroids[place]).square().sum(dim=1))
         nearest.append(place)
     return torch.cat(squared), torch.cat(nearest)
-
-
-def _rows_of_images(features: Tensor, images: np.ndarray) -> Tensor:
-    """(len(images), C) features of these of the N images, from whichever rank has them."""
-    here = images % get_world_size() == get_rank()
-    rows = features.new_zeros(len(images), features.shape[1])
-    rows[torch.from_numpy(here)] = features[torch.from_numpy(images[here] // get_world_size()).to(features.device)]
-    return sum_over_ranks(rows)

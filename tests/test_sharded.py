@@ -21,7 +21,6 @@ def unit_rows(n, c, groups=12):
 )
 def test_each_restart_is_faiss_s(n, k, most, monkeypatch):
     monkeypatch.setattr("pcl.clustering.MAX_POINTS", most)
-    monkeypatch.setattr(sharded, "MAX_POINTS", most)
     features = unit_rows(n, 8)
     for restart in range(RESTARTS):
         objective, centroids = kmeans_sharded(features, n, k, seed=3, restart=restart)
