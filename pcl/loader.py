@@ -33,20 +33,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from pcl import images
 from pcl.augment import center_view, random_view  # noqa: F401  people look for views and readers here too
 from pcl.distributed import derive_seed, get_rank, get_world_size
 from pcl.errors import RunError
-from pcl.images import (  # noqa: F401
-    UnreadableImageError,
-    bits_used,
-    find_images,
-    in_words,
-    list_folder,
-    read_image,
-    read_tensor,
-    tell_left_out,
-    why_unreadable,
-)
+from pcl.images import read_image, read_tensor, why_unreadable  # noqa: F401
 from pcl.terminal import shielded
 
 LET_GO = 0.1  # seconds that gloo's threads have for what they do in microseconds
@@ -94,14 +85,14 @@ class IndexedFolder(Dataset):
         skip: Collection[str] = (),
     ) -> None:
         self.root, self.transform, self.seed, self.read = Path(root), transform, seed, read
-        listing = list_folder(root)
+        listing = images.list_folder(root)
         flat = bool(listing.images)
         self.classes = [] if flat else [os.path.basename(folder) for folder in listing.folders]
         self.left_out = Counter() if flat else listing.others
-        found = [find_images(folder, self.left_out) for folder in ([root] if flat else listing.folders)]
+        found = [images.find_images(folder, self.left_out) for folder in ([root] if flat else listing.folders)]
         if not any(found):
             told = f"no image in {root}/<class>/; put JPEG, PNG or other images there"
-            raise FileNotFoundError(told + tell_left_out(self.left_out))
+            raise FileNotFoundError(told + images.tell_left_out(self.left_out))
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])  # (N,)
         # Not a list: reading its strings would copy them all into each worker's memory.
         self._paths = np.array([os.fsencode(path) for paths in found for path in paths])  # (N,) bytes
@@ -150,7 +141,7 @@ class IndexedFolder(Dataset):
 
     def layout_notes(self) -> list[str]:
         """Lines for the log on files, folders and pixel values that may not be what the user meant."""
-        lines = [f"data: left out of {self.root}: {in_words(self.left_out)}"] if self.left_out else []
+        lines = [f"data: left out of {self.root}: {images.in_words(self.left_out)}"] if self.left_out else []
         depth = np.char.count(self._paths, b"/") - os.fsencode(self.root).count(b"/")  # (N,) 1: in the root itself
         if not self.classes and depth.max() > 1:
             told = f"images lie in {self.root} itself: they and those in the folders below it are one set without labels"
@@ -159,8 +150,8 @@ class IndexedFolder(Dataset):
             folders = f"the folders of {self.root} ({len(self.classes)})"
             lines.append(f"note: the classes are {folders}; all images lie deeper, in folders below them")
         looked = np.unique(np.linspace(0, len(self) - 1, 32).astype(int))
-        with suppress(UnreadableImageError):  # training reports it
-            bits = bits_used(self.path(0)) and max(bits_used(self.path(i)) for i in looked)
+        with suppress(images.UnreadableImageError):  # training reports it
+            bits = images.bits_used(self.path(0)) and max(images.bits_used(self.path(i)) for i in looked)
             if 0 < bits < 15:
                 factor = 2 ** (16 - bits)
                 lines.append(
