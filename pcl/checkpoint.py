@@ -289,12 +289,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
-def main() -> None:
-    from pcl import export  # imports this module
-
-    export.main()
-
-
 if __name__ == "__main__":
+    from pcl.export import main  # imports this module
+
     with leave_on_signals():
         main()

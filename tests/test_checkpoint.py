@@ -15,7 +15,7 @@ import torch
 import torchvision
 from conftest import assert_same, run_script
 
-from pcl import checkpoint
+from pcl import export
 from pcl.builder import MoCo
 from pcl.checkpoint import CheckpointError, load, load_backbone, load_for_resume, load_optimizer, load_probe, save
 from pcl.errors import RunError
@@ -409,7 +409,7 @@ def test_a_small_stem_is_read_off_the_weights(tmp_path, capsys):
     torch.save(published(probe) | {"arch": "resnet18"} | head, tmp_path / "probe.pt")
     assert torch.equal(load_probe(tmp_path / "probe.pt")[0](x), probe(x))
 
-    run_script(checkpoint, "export", tmp_path / "c.pt", tmp_path / "backbone.pth")
+    run_script(export, "export", tmp_path / "c.pt", tmp_path / "backbone.pth")
     told = [line.strip() for line in capsys.readouterr().out.splitlines()[1:]]
     names = {"torch": torch, "torchvision": torchvision}
     exec("\n".join(told), names)
@@ -428,7 +428,7 @@ def smallest(name):
 def test_an_exported_backbone_loads_into_torchvision(tmp_path, capsys):
     model = moco(mlp=True)
     torch.save(published(model), tmp_path / "c.pth.tar")
-    run_script(checkpoint, "export", tmp_path / "c.pth.tar", tmp_path / "backbone.pth")
+    run_script(export, "export", tmp_path / "c.pth.tar", tmp_path / "backbone.pth")
     network = torchvision.models.get_model(ARCH)
     assert ARCH in capsys.readouterr().out
     weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
@@ -446,7 +446,7 @@ def test_an_export_that_cannot_be_is_one_line(tmp_path, capsys, wrong):
     if wrong != "missing":
         torch.save({"epoch": 1} if wrong == "no checkpoint" else published(moco()), source)
     with pytest.raises(SystemExit) as stop:
-        run_script(checkpoint, "export", source, out)
+        run_script(export, "export", source, out)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not out.exists() or out.read_text() == "precious"
