@@ -31,9 +31,9 @@ def refuse_other_data(root: Path) -> None:
         raise RunError(f"DIR {root}: it holds data of another kind, such as {other[0]}; name a new folder")
 
 
-def write_image_folder(root: Path, source: Path = SOURCE) -> None:
+def write_image_folder(root: Path) -> None:
     """Write train/ and val/ below `root` as PNG; overwrite files of the same names."""
-    with np.load(source) as samples:
+    with np.load(SOURCE) as samples:
         for split in ("train", "val"):
             for name in samples["classes"]:
                 (root / split / name).mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_image_folder(root: Path, source: Path = SOURCE) -> None:
                 Image.fromarray(image).save(root / split / name / f"{number:04d}.png")
 
 
-def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
+def write_voc(data: Path, root: Path, cell: int = 28) -> None:
     """Write collages of an image folder as a VOC-shaped set, for `eval_svm_voc.py`.
 
     Writes 1,000 collages of training and 500 of validation images, or more if there are over 50 classes. Each has four
@@ -53,7 +53,6 @@ def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
         data: holds train/<class>/ and val/<class>/ with the same classes.
         root: gets VOCdevkit/VOC2007; files of the same names are overwritten.
         cell: side of a place, pixels.
-        seed: of all choices.
     """
     lists, jpeg = root / "VOCdevkit/VOC2007/ImageSets/Main", root / "VOCdevkit/VOC2007/JPEGImages"
     for folder in (lists, jpeg):
@@ -62,7 +61,7 @@ def write_voc(data: Path, root: Path, cell: int = 28, seed: int = 0) -> None:
     first, several = 1, max(500, 10 * len(classes))
     for split, part, count in (("trainval", "train", 2 * several), ("test", "val", several)):
         images = IndexedFolder(data / part, lambda image: image.resize((cell, cell)))
-        generator = np.random.default_rng((seed, count))
+        generator = np.random.default_rng((0, count))
         names = [f"{number:06d}" for number in range(first, first + count)]
         labels = np.full((count, len(classes)), -1)
         for name, row in zip(names, labels, strict=True):
