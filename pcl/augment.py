@@ -35,10 +35,7 @@ TAPS = 6  # of the blur to each side: three standard deviations of the largest
 class Augmentation:
     """The views of pre-training: `read` a path, make `two_views` of the image, or its `center`; `apply` to a batch of views.
 
-    Args:
-        size: side of a view, pixels.
-        aug_plus: MoCo v2's augmentation instead of v1's.
-        on_device: the workers only decode, crop and flip; `apply` does the rest on whole batches.
+    `on_device`, the workers only decode, crop and flip; `apply` does the rest on whole batches.
     """
 
     def __init__(self, size: int, aug_plus: bool, on_device: bool) -> None:

@@ -156,15 +156,12 @@ def load_init(path: str | Path, model: Any, arch: str) -> bool:
 
 
 def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
-    """The query encoder of a checkpoint as a torchvision network whose `fc` is the identity, in eval mode.
+    """The query encoder of a checkpoint as a torchvision network whose `fc` is the identity, in eval mode; its architecture.
 
     Args:
         path: a checkpoint of this project or the published one, its keys with or without `module.`, with the v1 or the
             v2 head; or a torchvision state dict.
         arch: its architecture; by default the one that the file names.
-
-    Returns:
-        the network and the name of its architecture.
 
     Raises:
         CheckpointError: also if a key is missing or unexpected, or a weight is not finite: weights are never random.
@@ -190,10 +187,7 @@ def trained_at(path: str | Path) -> int | None:
 
 
 def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A linear probe, or a fine-tuned network, as `eval_cls_imagenet.py` saves it.
-
-    Returns:
-        the torchvision network with its trained head `fc`, in eval mode, and the file's dictionary.
+    """The network that a linear probe or fine-tuning has saved, with its head `fc`, in eval mode; the file's dictionary.
 
     Raises:
         CheckpointError: the file is something else.

@@ -119,14 +119,9 @@ def evaluate(
     out: Path, made: dict[str, str | int], features: dict[str, Tensor], splits: dict[str, IndexedFolder], data: Path,
     num_clusters: Sequence[int] = (), logistic: bool = False,
 ) -> None:  # fmt: skip
-    """Write what is asked of features into the folder, and tell the results.
+    """Write what is asked of features, (N, C) for each of `splits`, into `out` in place of earlier results; tell the results.
 
-    Args:
-        out: the folder; earlier results in it are removed.
-        made: how the features were made; the results are added to it.
-        features: (N, C) of each of `splits`, as `open_splits` gives them.
-        data: DIR.
-        num_clusters, logistic: as `check` has seen them.
+    `made` says how the features were made; file names are written relative to `data`.
     """
     results: dict[str, Any] = {"command": "pcl.features", **made, "classes": splits["train"].classes}
     for path in out.iterdir():

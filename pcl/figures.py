@@ -31,13 +31,9 @@ DPI = 150
 
 
 def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
-    """Draw everything that the folder of a run has data for; return the files written.
+    """Draw everything that the folder of a run, and further `results` of `eval_svm_voc.py`, have data for; the files written.
 
     Leaves out what cannot be drawn from a damaged or foreign file, and prints a line that names the file.
-
-    Args:
-        exp_dir: of a run of `main_pcl.py`, finished or not.
-        results: more JSON files of `eval_svm_voc.py --output`, besides those in `exp_dir`.
 
     Raises:
         RunError: nothing could be drawn.
