@@ -157,9 +157,7 @@ def shared_map(
     """
     owner = assign_jobs(cost, get_world_size())
     mine = {j: function(jobs[j]) for j in track([j for j, rank in enumerate(owner) if rank == get_rank()])}
-    if not dist.is_initialized():
-        return [mine[j] for j in range(len(jobs))]
-    return [_sent_to_all(mine.get(j, ()), owner[j]) for j in range(len(jobs))]
+    return [_sent_to_all(mine.get(j, ()), owner[j]) if dist.is_initialized() else mine[j] for j in range(len(jobs))]
 
 
 def _sent_to_all(tensors: Sequence[Tensor], source: int) -> list[Tensor]:
