@@ -24,10 +24,9 @@ class _LossyFile(io.FileIO):
     """Takes everything; what a full disk, a closed pipe or a terminal that is gone does not take is lost."""
 
     def write(self, data: Any) -> int:
-        try:
+        with suppress(OSError):
             return super().write(data) or len(data)
-        except OSError:
-            return len(data)
+        return len(data)
 
 
 def open_streams() -> None:
