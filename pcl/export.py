@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import dump  # writes only
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -33,11 +33,6 @@ DETECTRON2 = {  # torchvision's names -> detectron2's, as MoCo's script converts
 }
 
 
-def write_safetensors(weights: Weights, file: BinaryIO) -> None:
-    """Write a state dict in the safetensors format."""
-    file.write(safetensors.torch.save(weights, {"format": "pt"}))
-
-
 def write_detectron2(weights: Weights, file: BinaryIO) -> None:
     """Write a ResNet as a pickle for detectron2's `MODEL.WEIGHTS`; this project never reads it."""
     renamed = {}
@@ -49,10 +44,11 @@ def write_detectron2(weights: Weights, file: BinaryIO) -> None:
     dump({"model": renamed, "__author__": "PCL", "matching_heuristics": True}, file)
 
 
-WRITERS: dict[str, Callable[[Weights, BinaryIO], None]] = {
-    **{".pth": torch.save, ".pt": torch.save, ".safetensors": write_safetensors, ".pkl": write_detectron2},
-    "": write_safetensors,  # into a folder
+WRITERS: dict[str, Callable[[Weights, BinaryIO], Any]] = {
+    **{".pth": torch.save, ".pt": torch.save, ".pkl": write_detectron2},
+    ".safetensors": lambda weights, file: file.write(safetensors.torch.save(weights, {"format": "pt"})),
 }
+WRITERS[""] = WRITERS[".safetensors"]  # into a folder
 
 
 def get_parser() -> cli.Parser:
