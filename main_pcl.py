@@ -100,7 +100,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:
          f"--kmeans super: it needs --low-dim 32 or more, not {args.low_dim}"),
         (args.kmeans_tf32 and args.kmeans != "sharded",
          f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}"),
-        (args.small_stem and not networks.takes_small_stem(args.arch), networks.no_small_stem(args.arch)),
+        (args.small_stem and not networks.takes_small_stem(args.arch), networks.NO_SMALL_STEM.format(args.arch)),
         (args.bn_splits > 1 and (plan.batch % args.bn_splits or plan.batch < 2 * args.bn_splits),
          f"--bn-splits {args.bn_splits}: a process's batch has {plan.batch} images; take a divisor of it that leaves two "
          "images or more in a group"),

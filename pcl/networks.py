@@ -11,6 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+NO_SMALL_STEM = "--small-stem: {} does not begin with a convolution and a max-pool; take a resnet, resnext or wide_resnet"
+
 
 def architectures() -> list[str]:
     """Names of torchvision's classifiers whose only head is a linear layer called `fc`."""
@@ -61,8 +63,3 @@ class _ArithmeticOnCPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}) | ({"device": "cpu"} if func in (torch.arange, torch.tensor) else {}))
-
-
-def no_small_stem(arch: str) -> str:
-    """What is wrong with --small-stem and this architecture."""
-    return f"--small-stem: {arch} does not begin with a convolution and a max-pool; take a resnet, resnext or wide_resnet"

@@ -21,7 +21,7 @@ from pcl.distributed import available_cores, equal_on_all_ranks, is_main
 from pcl.errors import INTERRUPTED, RunError
 from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
-from pcl.networks import backbone, no_small_stem, takes_small_stem
+from pcl.networks import NO_SMALL_STEM, backbone, takes_small_stem
 from pcl.run.logs import log, track
 from pcl.run.preflight import Plan
 from pcl.run.rendezvous import Place
@@ -176,7 +176,7 @@ def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:
     if args.random_init:
         arch = args.arch or "resnet50"
         if args.small_stem and not takes_small_stem(arch):
-            raise CheckpointError(no_small_stem(arch))
+            raise CheckpointError(NO_SMALL_STEM.format(arch))
         return backbone(arch, args.small_stem), {"arch": arch, "weights": "random"}
     try:
         network, arch = load_backbone(args.pretrained, args.arch)
