@@ -8,8 +8,6 @@ order of the four changes for a whole batch, not one for each image.
 Letters: B batch, H and W sides of an image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

@@ -3,8 +3,6 @@
 Letters: N images, B batch of this rank, W ranks, C features, r length of the queue.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

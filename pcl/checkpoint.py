@@ -5,8 +5,6 @@ Write the backbone of one for torchvision, without its fc (`pcl.export` has furt
     python -m pcl.checkpoint export CHECKPOINT OUT.pth
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Check the arguments of public functions: values of any type that can work, or an error that names the argument."""
 
-from __future__ import annotations
-
 import math
 import operator
 import warnings

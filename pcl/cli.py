@@ -1,7 +1,5 @@
 """The command lines: a parser whose errors are one line, and types of numbers and paths."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

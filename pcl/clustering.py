@@ -7,8 +7,6 @@ An argument that cannot be right raises a TypeError or ValueError that names it.
 Letters: N images (or whatever the rows stand for), C features, K prototypes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +45,7 @@ class Clustering:
         """1 + the largest cluster id that an image has: negatives are drawn from the prototypes below it, as published."""
         return int(self.im2cluster.max()) + 1
 
-    def to(self, device: torch.device | str) -> Clustering:
+    def to(self, device: torch.device | str) -> "Clustering":
         """The same clustering on `device`."""
         return Clustering(self.im2cluster.to(device), self.prototypes.to(device), self.concentration.to(device))
 

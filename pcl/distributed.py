@@ -3,8 +3,6 @@
 Letters: W ranks, N images. Without a group everything answers for a single process.
 """
 
-from __future__ import annotations
-
 import heapq
 import io
 import os

@@ -1,7 +1,5 @@
 """Errors that a user can fix, and the exit codes of a run."""
 
-from __future__ import annotations
-
 import errno
 import re
 

@@ -1,7 +1,5 @@
 """What features are worth: kNN, clusters, logistic regression, written into a folder (`python -m pcl.features`)."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import io

@@ -6,8 +6,6 @@ python -m pcl.checkpoint export CHECKPOINT OUT.pkl          for detectron2
 python -m pcl.checkpoint export CHECKPOINT OUT              a folder for timm and Hugging Face
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

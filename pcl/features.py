@@ -7,8 +7,6 @@
 Letters: N images, C features, K clusters.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path

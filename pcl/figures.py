@@ -7,8 +7,6 @@ Draws the log, the last E-step and the results of eval_svm_voc.py --output that 
 Letters: N images, K prototypes, S images whose features were kept, n images whose cosines were kept.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Find image files in folders and decode them."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections import Counter

@@ -4,8 +4,6 @@ The random numbers of an image depend on the seed, the epoch and its index alone
 loader workers, and an epoch can be repeated.
 """
 
-from __future__ import annotations
-
 import copy
 import errno
 import gc
@@ -100,13 +98,13 @@ class IndexedFolder(Dataset):
             kept = ~np.isin(self._paths, [os.fsencode(path) for path in skip])
             self._paths, self.labels = self._paths[kept], self.labels[kept]
 
-    def with_transform(self, transform: Callable[[Any], Any]) -> IndexedFolder:
+    def with_transform(self, transform: Callable[[Any], Any]) -> "IndexedFolder":
         """The same images with another transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
-    def subset(self, index: np.ndarray) -> IndexedFolder:
+    def subset(self, index: np.ndarray) -> "IndexedFolder":
         """The images of these indices, counted anew from 0."""
         other = copy.copy(self)
         other._paths, other.labels = self._paths[index], self.labels[index]

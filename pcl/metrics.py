@@ -4,8 +4,6 @@ Letters: B batch, N images with known labels, Q images to classify, C features, 
 square float32 holds; labels are any integers. An argument that cannot be right raises a TypeError or ValueError that names it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """torchvision's networks with an `fc` head, and the small stem for small images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Curves and points of a run, for `pcl.figures`: losses, time, concentrations, average precision."""
 
-from __future__ import annotations
-
 import os
 import sys
 from itertools import cycle

@@ -6,8 +6,6 @@ DIR/train/<class>/ gets 400 images of each class, DIR/val/<class>/ 100. DIR/VOCd
 1,000 of training and 500 of validation images. License: samples.LICENSE beside this file.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

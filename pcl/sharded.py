@@ -7,8 +7,6 @@ granularity (the cluster that training looks up; twice that while they are gathe
 Letters: N images, n of them on this rank, W ranks, C features, K prototypes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import islice
 from types import FunctionType

@@ -3,8 +3,6 @@
 Letters: N training and Q test images, C features.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple

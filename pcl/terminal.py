@@ -1,7 +1,5 @@
 """What is printed: losing it never ends a run, and what comes from files gives a terminal no commands."""
 
-from __future__ import annotations
-
 import io
 import os
 import resource

@@ -7,8 +7,6 @@ Reads any folder of this shape, with the classes that ImageSets/Main lists:
     DIR/VOCdevkit/VOC2007/ImageSets/Main/<class>_{trainval,test}.txt      name and 1, -1 or 0 (difficult)
 """
 
-from __future__ import annotations
-
 import codecs
 import http.client
 import os
