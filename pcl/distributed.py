@@ -109,8 +109,7 @@ def gather_interleaved(tensor: Tensor, total: int) -> Tensor:
     if world == 1:
         return tensor[:total]
     longest = -(-total // world)
-    padded = tensor.new_zeros(longest, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
+    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
     rows = gather(padded).view(world, longest, *tensor.shape[1:])  # (W, ceil(N / W), ...)
     return rows.transpose(0, 1).reshape(world * longest, *tensor.shape[1:])[:total]
 
