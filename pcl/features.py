@@ -87,8 +87,7 @@ def load_momentum_encoder(path: str | Path, arch: str | None = None) -> tuple[nn
     if not weights:
         raise CheckpointError(f"{path} has no momentum encoder, as pre-training saves it; leave out --momentum")
     try:
-        heads = [weights[name] for name in ("fc.weight", "fc.0.weight", "fc.2.weight") if name in weights]
-        layers = [nn.Linear(head.shape[1], head.shape[0]) for head in heads]
+        layers = [nn.Linear(*weights[n].shape[::-1]) for n in ("fc.weight", "fc.0.weight", "fc.2.weight") if n in weights]
         network.fc = layers[0] if len(layers) == 1 else nn.Sequential(layers[0], nn.ReLU(), layers[1])
         network.load_state_dict(weights)
     except Exception as error:  # of many kinds
