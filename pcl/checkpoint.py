@@ -119,8 +119,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
         raise CheckpointError(f"{path} is not a checkpoint that a run can resume from: {wrong}")
     if state["arch"] != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
-    weights = _weights(path, state["state_dict"])
-    _load_exactly(path, model, weights, "the options (--mlp, --low-dim, --pcl-r, --small-stem?)")
+    _load_exactly(path, model, weights_of(path, state), "the options (--mlp, --low-dim, --pcl-r, --small-stem?)")
     _rehearse_step(path, state["optimizer"], model.parameters())
     return state
 
@@ -137,8 +136,7 @@ def load_init(path: str | Path, model: Any, arch: str) -> bool:
     state = load(path)
     if state.get("arch", arch) != arch:
         raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
-    weights = _weights(path, state.get("state_dict", state.get("model", state)))
-    heads = []
+    weights, heads = weights_of(path, state), []
     for name, encoder in (("encoder_q.", model.encoder_q), ("encoder_k.", model.encoder_k)):
         # A state dict of torchvision has one network; so may a checkpoint from which the key encoder was removed.
         prefix = next((p for p in (name, "encoder_q.") if any(n.startswith(p) for n in weights)), "")
@@ -168,9 +166,8 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     arch = arch or state.get("arch")
     if arch not in architectures():
         raise CheckpointError(f"{path} names {f'{arch}, which is unknown' if arch else 'no architecture'}; name it with --arch")
-    weights = _weights(path, state.get("state_dict", state.get("model", state)))
-    if any(name.startswith("encoder_q.") for name in weights):
-        weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")}
+    weights = weights_of(path, state)
+    weights = {n.removeprefix("encoder_q."): v for n, v in weights.items() if n.startswith("encoder_q.")} or weights
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     network = backbone(arch, has_small_stem(arch, weights))
     _load_exactly(path, network, weights, arch)
@@ -197,7 +194,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     arch, classes = state["arch"], state["classes"]
     if arch not in architectures():
         raise CheckpointError(f"{path}: a probe of {arch} cannot be opened again")
-    weights = _weights(path, state["state_dict"])
+    weights = weights_of(path, state)
     network = new_network(arch, has_small_stem(arch, weights), num_classes=len(classes)).eval()
     _load_exactly(path, network, weights, f"{arch} with {len(classes)} classes")
     trained = network if state.get("finetune") else network.get_submodule("fc")
@@ -266,8 +263,9 @@ def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{path}: not all numbers of {_some(wrong)} are finite, as after a failed run; name another")
 
 
-def _weights(path: str | Path, found: Any) -> dict[str, Tensor]:
-    """A state dict of tensors that can be copied into weights, without `module.` in front of their names."""
+def weights_of(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in what `load` returns, tensors that can be copied into others, without `module.` in front of their names."""
+    found = state.get("state_dict", state.get("model", state))
 
     def is_plain(value: Any) -> bool:
         return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_complex() or value.is_quantized)

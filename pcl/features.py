@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pcl import cli
 from pcl.augment import center_view, normalize
-from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at
+from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at, weights_of
 from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size
 from pcl.errors import RunError
 from pcl.evaluation import check, claim, evaluate
@@ -28,7 +28,6 @@ from pcl.networks import architectures
 from pcl.terminal import leave_on_signals
 
 
-@torch.no_grad()
 def extract_features(
     network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device
 ) -> Tensor:
@@ -81,8 +80,7 @@ def load_momentum_encoder(path: str | Path, arch: str | None = None) -> tuple[nn
         CheckpointError: as for `pcl.checkpoint.load_backbone`; also if the file has no key encoder.
     """
     network, arch = load_backbone(path, arch)
-    state = load(path)
-    named = {name.removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    named = weights_of(path, load(path))
     weights = {name.removeprefix("encoder_k."): v for name, v in named.items() if name.startswith("encoder_k.")}
     if not weights:
         raise CheckpointError(f"{path} has no momentum encoder, as pre-training saves it; leave out --momentum")

@@ -189,21 +189,18 @@ def indices_of_rank(num_images: int) -> range:
     return range(get_rank(), num_images, get_world_size())
 
 
-def make_loader(
-    dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, drop_last: bool = False, in_order: bool = True
-) -> DataLoader:
-    """A DataLoader that leaves the process's random generators alone. Raises RunError for what the user can fix."""
+def make_loader(dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, **options: Any) -> DataLoader:
+    """A DataLoader with `options` of its own that leaves the process's random generators alone. RunError: what the user can fix."""
     return _Loader(
         dataset,
-        batch_size=batch_size,
+        batch_size,
         sampler=sampler,
         num_workers=workers,
-        drop_last=drop_last,
-        in_order=in_order,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
         worker_init_fn=_start_worker,
+        **options,
     )
 
 

@@ -163,6 +163,9 @@ def average_precision(target: Tensor | np.ndarray, score: Tensor | np.ndarray) -
     Args:
         target: (N,); above 0 is positive.
         score: (N,) float, finite. Images of equal score enter the curve together, so their order does not matter.
+
+    Raises:
+        ValueError: no positive, or scores that are not finite.
     """
     from sklearn.metrics import precision_recall_curve  # slow to import
 

@@ -44,6 +44,9 @@ class VOCSplit(Dataset):
     Args:
         root: DIR, the folder that holds VOCdevkit, or one that `find_folder` accepts.
         split: "trainval" or "test".
+
+    Raises:
+        VOCError: a list, a label or an image is missing or wrong.
     """
 
     def __init__(self, root: str | Path, split: str, transform: Callable[[Image.Image], Any]) -> None:
