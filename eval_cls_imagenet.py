@@ -86,7 +86,8 @@ def main() -> None:
     args = parse(parser)
     with parser.telling(2):
         plan = check(parser, args)
-    launch.launch_or_exit(parser, probe, args, plan)
+    with parser.telling(1):
+        launch.launch(probe, args, plan)
 
 
 def parse(parser: cli.Parser) -> argparse.Namespace:

@@ -83,7 +83,8 @@ def main() -> None:
     if plan.epoch >= args.epochs:
         log(f"nothing is left to do: {plan.resume} has all of its {args.epochs} epochs")
         return
-    launch.launch_or_exit(parser, train, args, plan)
+    with parser.telling(1):
+        launch.launch(train, args, plan)
 
 
 def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:

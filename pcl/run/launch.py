@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl import distributed
-from pcl.cli import Parser
 from pcl.distributed import gather, get_world_size, seed_everything, wait_for_all
 from pcl.errors import INTERRUPTED, PREEMPTED, USER_ERRORS, RunError, is_out_of_memory, line_of, reason_of
 from pcl.images import UnreadableImageError
@@ -42,12 +41,6 @@ OWN_FAULT_OF_NCCL = re.compile(r"ncclUnhandledCudaError|ncclInvalid|ncclInternal
 
 Worker = Callable[[torch.device, Namespace, Plan], None]
 watch = Watch()  # of this process; started where it is one of a run
-
-
-def launch_or_exit(parser: Parser, worker: Worker, args: Namespace, plan: Plan) -> None:
-    """`launch`; an error that the user can fix prints one line and exits with code 1."""
-    with parser.telling(1):
-        launch(worker, args, plan)
 
 
 def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
