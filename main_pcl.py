@@ -69,9 +69,7 @@ def get_parser() -> cli.Parser:
     em.add_argument("--warmup-epoch", type=cli.natural, default=20, metavar="N",
                     help="epochs of InfoNCE alone before the first E-step")
     # fmt: on
-    options.add_speed(parser)
-    options.add_small_data(parser)
-    options.add_files(parser)
+    options.add_pretraining(parser)
     options.add_launch(parser)
     return parser
 

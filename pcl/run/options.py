@@ -63,8 +63,8 @@ def add_launch(parser: Parser) -> None:
                        help="base of the random seeds, by default drawn at random; process i takes N + i")
 
 
-def add_speed(parser: Parser) -> None:
-    """The options of pre-training that make it faster."""
+def add_pretraining(parser: Parser) -> None:
+    """The options of pre-training that are not the paper's: speed, small data (which change the mathematics), files."""
     group = parser.add_argument_group("speed")
     group.add_argument("--augment-on", choices=["workers", "device"], default="workers",
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
@@ -76,10 +76,6 @@ def add_speed(parser: Parser) -> None:
                        help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
                        "sharded leaves features on their process, for very many images")
     group.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
-
-
-def add_small_data(parser: Parser) -> None:
-    """The options of pre-training that change the mathematics."""
     group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
     group.add_argument("--fit", type=integer(60), metavar="N",
                        help="set --num-cluster, --pcl-r, -b, --lr, --moco-m and --warmup-epoch, unless given, for N images")
@@ -95,33 +91,6 @@ def add_small_data(parser: Parser) -> None:
                        help="give every prototype --temperature as its concentration, as in the paper's ablation")
     group.add_argument("--proto-weight", type=cli.nonnegative_float, default=1.0, metavar="W",
                        help="weight of the prototype term beside InfoNCE")
-
-
-FITTED = ("num_cluster", "pcl_r", "batch_size", "lr", "moco_m", "warmup_epoch")
-
-
-def fitted(num_images: int, epochs: int, batch: int | None = None) -> dict[str, Any]:
-    """The options of pre-training in `FITTED` for a number of images, by the README's rules; published ones are the limits."""
-    batch = batch or min(256, max(8, 2 ** round(math.log2(num_images / 80))))
-    clusters = [min(most, max(2, num_images // size)) for most, size in ((25000, 40), (50000, 20), (100000, 10))]
-    negatives = min(16384, max(batch, 2 ** round(math.log2(num_images / 10))))
-    momentum = 0.99 if num_images / batch <= 1000 else 0.999
-    warmup = max(1, epochs // (10 if epochs >= 40 else 3))
-    return dict(zip(FITTED, (clusters, negatives, batch, 0.03 * batch / 256, momentum, warmup), strict=True))
-
-
-def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line of pre-training; with --fit, what is not given of `FITTED` is set."""
-    args = parser.parse_args(words)
-    if args.fit:
-        parser.set_defaults(**dict.fromkeys(FITTED))
-        parser.set_defaults(**fitted(args.fit, args.epochs, parser.parse_args(words).batch_size))
-        args = parser.parse_args(words)
-    return args
-
-
-def add_files(parser: Parser) -> None:
-    """The options that say what pre-training writes, and when."""
     group = parser.add_argument_group("files")
     group.add_argument("--exp-dir", type=path, default=Path("experiment_pcl"), metavar="DIR",
                        help="checkpoints, log.jsonl, TensorBoard's files and figures")
@@ -156,6 +125,29 @@ def add_output(parser: Parser) -> None:
     """Where an evaluation keeps its result (`pcl.run.logs.write_result`)."""
     parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results")
 # fmt: on
+
+
+FITTED = ("num_cluster", "pcl_r", "batch_size", "lr", "moco_m", "warmup_epoch")
+
+
+def fitted(num_images: int, epochs: int, batch: int | None = None) -> dict[str, Any]:
+    """The options of pre-training in `FITTED` for a number of images, by the README's rules; published ones are the limits."""
+    batch = batch or min(256, max(8, 2 ** round(math.log2(num_images / 80))))
+    clusters = [min(most, max(2, num_images // size)) for most, size in ((25000, 40), (50000, 20), (100000, 10))]
+    negatives = min(16384, max(batch, 2 ** round(math.log2(num_images / 10))))
+    momentum = 0.99 if num_images / batch <= 1000 else 0.999
+    warmup = max(1, epochs // (10 if epochs >= 40 else 3))
+    return dict(zip(FITTED, (clusters, negatives, batch, 0.03 * batch / 256, momentum, warmup), strict=True))
+
+
+def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line of pre-training; with --fit, what is not given of `FITTED` is set."""
+    args = parser.parse_args(words)
+    if args.fit:
+        parser.set_defaults(**dict.fromkeys(FITTED))
+        parser.set_defaults(**fitted(args.fit, args.epochs, parser.parse_args(words).batch_size))
+        args = parser.parse_args(words)
+    return args
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int, *first: float) -> float:
