@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,39 +198,30 @@ def track(items: Any, label: str, total: int | None = None) -> Iterator:
             log(f"{label}  {done}/{total}")
 
 
+@dataclass
 class EpochLog:
-    """Progress over the steps of an epoch: a bar on a terminal, elsewhere a line every `print_freq` steps.
+    """Progress over the steps of an epoch: a bar on a terminal, elsewhere a line every `print_freq` steps."""
 
-    Args:
-        label: in front of each line, such as "epoch 3/200".
-        steps: in the epoch.
-        images: in a step, over all ranks.
-        print_freq: steps between two lines, and between two records.
-        record: takes each record that is due.
-        epoch: from 0, for the records.
-        first: steps that were done before, in a run that has been resumed.
-    """
+    label: str  # in front of each line, such as "epoch 3/200"
+    steps: int  # in the epoch
+    images: int  # in a step, over all ranks
+    print_freq: int  # steps between two lines, and between two records
+    record: RunLog
+    epoch: int  # from 0, for the records
+    first: int = 0  # steps that were done before, in a run that has been resumed
+    waited: float = 0.0  # seconds for the loader
 
-    def __init__(
-        self, label: str, steps: int, images: int, print_freq: int, record: RunLog, epoch: int, first: int = 0
-    ) -> None:
-        self.label, self.steps, self.images, self.print_freq = label, steps, images, print_freq
-        self.record, self.epoch, self.first = record, epoch, first
-        self.bar = tqdm(total=steps, initial=first, desc=label, leave=False, disable=None if is_main() else True)
+    def __post_init__(self) -> None:
+        self.bar = tqdm(total=self.steps, initial=self.first, desc=self.label, leave=False, disable=None if is_main() else True)
         self.start = self.shown = time.monotonic()
-        self.waited = 0.0
 
     def batches(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
         """(1, first batch), (2, second batch) and so on, without those done before; notes the time that the loader needs."""
-        batches, number = iter(loader), self.first
-        while True:
-            start = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - start
-            if batch is None:
-                return
-            number += 1
+        asked = time.monotonic()
+        for number, batch in enumerate(loader, start=self.first + 1):
+            self.waited += time.monotonic() - asked
             yield number, batch
+            asked = time.monotonic()
 
     def step(self, done: int, meters: Meters) -> None:
         """Tell of `done` steps, if it is time to."""
