@@ -13,14 +13,15 @@ The cheapest run, a few minutes on two CPU cores, on the images that come with t
 
 from __future__ import annotations
 
-import argparse
 import time
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from pcl import checkpoint, cli, networks
@@ -85,7 +86,7 @@ def main() -> None:
         launch.launch(train, args, plan)
 
 
-def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:
+def check(parser: cli.Parser, args: Namespace) -> Plan:
     """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
     plan = preflight.check_launch(parser, args)
     images = inputs.open_folder(parser, args.data, "train", labelled=False)
@@ -126,7 +127,7 @@ def check(parser: cli.Parser, args: argparse.Namespace) -> Plan:
     return plan
 
 
-def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
+def train(device: torch.device, args: Namespace, plan: Plan) -> None:
     """The EM loop, in each process of the group."""
     facts = {**vars(args), **vars(plan)}
     record = RunLog(args.exp_dir, facts, args.exp_dir / "tensorboard", partial(preflight.check_other_run, args, plan))
@@ -142,11 +143,10 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
     # No gradients are kept in the E-step, so that five times the images fit.
     center_loader = make_loader(center_set, indices_of_rank(len(center_set)), 5 * plan.batch, plan.workers)
 
-    model = start_model(args, plan).to(
-        device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format
-    )
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = start_model(args, plan).to(device, memory_format=memory_format)
     wrapped = launch.parallel(model, device)
-    optimizer = torch.optim.SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
+    optimizer = SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     progress, plan = Progress.resume(wrapped, optimizer, args, plan)
     report.settings(args, plan, train_set, len(train_loader), device, record)
     watcher = monitor.Monitor(train_set, val, args.monitor_freq, record)
@@ -157,7 +157,9 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
             progress.clusterings = e_step(model, center_loader, epoch, args, plan, record, watcher)
             save(wrapped, optimizer, progress, args, plan)
         elif epoch < args.warmup_epoch and progress.steps == 0 and watcher.is_due(epoch):
-            measure(model, center_loader, epoch, args, plan, watcher)
+            features, seen = momentum_features(model, center_loader, epoch, args, plan, "monitor")
+            watcher.measure(epoch, model, features, seen, [])
+            monitor.save_e_step(args.exp_dir, epoch, features, seen, [], train_set)
         with launch.watch.finish_before_leaving():
             means = m_step(wrapped, train_loader, optimizer, progress, args, plan, record)
             progress = progress.next(args)
@@ -171,7 +173,7 @@ def train(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
 
 
 def e_step(
-    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, record: RunLog, watcher: monitor.Monitor
+    model: MoCo, loader: DataLoader, epoch: int, args: Namespace, plan: Plan, record: RunLog, watcher: monitor.Monitor
 ) -> list[Clustering]:
     """Cluster the momentum features of every training image at each granularity."""
     start, label = time.monotonic(), f"E-step {epoch + 1}/{args.epochs}"
@@ -195,17 +197,8 @@ def e_step(
     return clusterings
 
 
-def measure(
-    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, watcher: monitor.Monitor
-) -> None:
-    """Measure whether it learns during warm-up, where there are no clusters yet."""
-    features, seen = momentum_features(model, loader, epoch, args, plan, "monitor")
-    watcher.measure(epoch, model, features, seen, [])
-    monitor.save_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
-
-
 def momentum_features(
-    model: MoCo, loader: DataLoader, epoch: int, args: argparse.Namespace, plan: Plan, label: str
+    model: MoCo, loader: DataLoader, epoch: int, args: Namespace, plan: Plan, label: str
 ) -> tuple[Tensor, range]:
     """Unit-length features of the center-cropped training images by the key encoder, and the images that they are of.
 
@@ -224,9 +217,8 @@ def momentum_features(
 
 
 def m_step(
-    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, progress: Progress, args: argparse.Namespace,
-    plan: Plan, record: RunLog
-) -> dict[str, float]:  # fmt: skip
+    model: nn.Module, loader: DataLoader, optimizer: Optimizer, progress: Progress, args: Namespace, plan: Plan, record: RunLog
+) -> dict[str, float]:
     """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from where it stands; the means of its losses."""
     epoch, clusterings, meters = progress.epoch, progress.clusterings, progress.meters
     device, lr = model.module.queue.device, options.set_learning_rate(optimizer, args, epoch)
@@ -234,9 +226,8 @@ def m_step(
     loader.sampler.set_epoch(epoch)
     loader.sampler.skip = progress.steps * loader.batch_size
     augmentation, total = augmentation_of(args), len(loader)
-    epoch_log = EpochLog(
-        f"epoch {epoch + 1}/{args.epochs}", total, plan.global_batch, args.print_freq, record, epoch, progress.steps
-    )
+    label = f"epoch {epoch + 1}/{args.epochs}"
+    epoch_log = EpochLog(label, total, plan.global_batch, args.print_freq, record, epoch, progress.steps)
     for step, (views, index) in epoch_log.batches(loader):
         seed_everything(plan.seed + get_rank(), epoch, step)  # nothing else is needed to go on in the middle of an epoch
         im_q, im_k = (augmentation.apply(view, device, args.channels_last) for view in views)  # (B, 3, H, W) each
@@ -269,14 +260,11 @@ def m_step(
 
 
 def save(
-    model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, args: argparse.Namespace, plan: Plan,
-    finished: bool = False
-) -> None:  # fmt: skip
+    model: nn.Module, optimizer: Optimizer, progress: Progress, args: Namespace, plan: Plan, finished: bool = False
+) -> None:
     """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
 
-    Args:
-        progress: in the epoch to go on with.
-        finished: the epoch before it has just been finished; it is kept if its number says so.
+    `progress` is that in the epoch to go on with. If the one before it is just `finished`, it is kept if its number says so.
     """
     done = progress.state_over_ranks(args, plan)
     if not is_main():
