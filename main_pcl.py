@@ -78,7 +78,8 @@ def get_parser() -> cli.Parser:
 def main() -> None:
     parser = get_parser()
     args = options.parse_fitted(parser)
-    plan = check(parser, args)
+    with parser.telling(2):
+        plan = check(parser, args)
     if plan.epoch >= args.epochs:
         log(f"nothing is left to do: {plan.resume} has all of its {args.epochs} epochs")
         return

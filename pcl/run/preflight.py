@@ -189,8 +189,6 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
             checkpoint.load_init(args.init, model, args.arch)
     except checkpoint.CheckpointError as error:
         parser.error(f"{'--resume' if resume else '--init'}: {error}")
-    except RunError as error:
-        parser.error(str(error))
     if state:
         plan = replace(plan, epoch=state["epoch"])
         if plan.epoch >= args.epochs and args.resume != "auto":
