@@ -16,9 +16,9 @@ The cheapest run, a minute on two CPU cores, on the images that come with the pa
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
+from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def folder_name(text: str) -> str:
     """A name below `RESULTS`, in which it stays."""
     cli.reachable(text and str(RESULTS / f"{text}_tensorboard"))
     if Path(text).is_absolute() or not Path(text).parts or ".." in Path(text).parts:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder in {RESULTS}")
+        raise ArgumentTypeError(f"{text!r} is not the name of a folder in {RESULTS}")
     return text
 
 
@@ -90,7 +90,7 @@ def main() -> None:
         launch.launch(probe, args, plan)
 
 
-def parse(parser: cli.Parser) -> argparse.Namespace:
+def parse(parser: cli.Parser) -> Namespace:
     """Parse the command line; with --finetune, the paper's settings take the place of the linear probe's defaults."""
     args = parser.parse_args()
     if args.finetune:
@@ -98,14 +98,13 @@ def parse(parser: cli.Parser) -> argparse.Namespace:
         if args.subset:
             with suppress(RunError):  # `check` tells
                 percent = 100 * len(names_in(args.subset)) / max(1, sum(1 for _ in args.data.glob("train/*/*")))
-        parser.set_defaults(
-            epochs=20, schedule=[12, 16], gamma=0.2, wd=5e-4, lr="1" if percent <= 1 else "0.1", lr_backbone=0.01
-        )
+        lr = "1" if percent <= 1 else "0.1"
+        parser.set_defaults(epochs=20, schedule=[12, 16], gamma=0.2, wd=5e-4, lr=lr, lr_backbone=0.01)
         args = parser.parse_args()
     return args
 
 
-def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
+def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
     """Train and score, in each process of the group."""
     inputs.check_same_start(RESULTS / args.id, plan.epoch)
     evaluate = args.evaluate or plan.epoch >= args.epochs
@@ -192,19 +191,12 @@ def probe(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
 
 
 def train_heads(
-    backbone: nn.Module,
-    heads: list[Head],
-    loader: DataLoader,
-    labels: Tensor,
-    epoch: int,
-    args: argparse.Namespace,
-    plan: Plan,
-    record: RunLog,
-) -> list[tuple[Head, dict[str, float]]]:
+    backbone: nn.Module, heads: list[Head], loader: DataLoader, labels: Tensor, epoch: int, args: Namespace, plan: Plan,
+    record: RunLog
+) -> list[tuple[Head, dict[str, float]]]:  # fmt: skip
     """One epoch of SGD on each head (with --finetune on the backbone too); the heads and their values for TensorBoard.
 
-    Raises:
-        RunError: a loss or weight that is not finite; of several heads, such a one is left out with a warning.
+    RunError if a loss or weight is not finite; of several heads, such a one is left out with a warning.
     """
     first = [args.lr_backbone] if args.finetune else []
     rates = {head.mark: options.set_learning_rate(head.optimizer, args, epoch, *first, head.lr) for head in heads}
@@ -249,7 +241,7 @@ def validate(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, flo
     return {name: 100 * float(topk_accuracy(logits, labels, k)) for name, k in ks.items() if k <= logits.shape[1]}
 
 
-def report(model: Probe, args: argparse.Namespace, classes: list[str]) -> None:
+def report(model: Probe, args: Namespace, classes: list[str]) -> None:
     """Print the last and the best accuracies of each head; write --output."""
     results = {}
     for head in model.heads:

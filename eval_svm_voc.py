@@ -15,8 +15,8 @@ The cheapest run, half a minute on two CPU cores, on collages of the images that
 
 from __future__ import annotations
 
-import argparse
 import time
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,8 @@ def get_parser() -> cli.Parser:
                         help="cost of the SVMs; if you give several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N",
-                        help="of the draws, the SVMs and a random network")
-    parser.add_argument("--batch-size", type=cli.batch, default=128, metavar="N",
-                        help="images passed through at once")
+    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
+    parser.add_argument("--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
     parser.add_argument("--num-workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
     options.add_output(parser)
@@ -74,7 +72,7 @@ def main() -> None:
         evaluate(network, source, train, test, args)
 
 
-def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
+def open_all(parser: cli.Parser, args: Namespace) -> tuple[nn.Module, dict[str, str], Any, Any]:
     """The network, what it is, training and test images; stops on what cannot work, before anything is computed or written."""
     if args.folder and (args.download or args.ignore_difficult):
         parser.error("--folder: --download and --ignore-difficult are for VOC2007; leave them out")
@@ -95,7 +93,7 @@ def open_all(parser: cli.Parser, args: argparse.Namespace) -> tuple[nn.Module, d
     return network, source, train, test
 
 
-def open_splits(parser: cli.Parser, args: argparse.Namespace) -> list[Any]:
+def open_splits(parser: cli.Parser, args: Namespace) -> list[Any]:
     """Training and test images; VOC2007 is fetched first if it is not there and --download is given."""
     view = center_view(args.image_size)
     if args.folder:
@@ -125,7 +123,7 @@ def check(train: Any, test: Any, shots: int) -> None:
                 raise voc.VOCError(f"class {label} has {count} positive images in {name}; {least} are needed")
 
 
-def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, args: argparse.Namespace) -> None:
+def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, args: Namespace) -> None:
     """Everything that the options ask for."""
     log(f"machine: {describe_machine()}")
     inputs.note_image_size(args)
@@ -145,7 +143,7 @@ def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, 
     write_result(args.output, vars(args), checkpoint=source, classes=train.classes, **results, seconds=seconds)
 
 
-def features_of(network: nn.Module, images: Any, args: argparse.Namespace) -> np.ndarray:
+def features_of(network: nn.Module, images: Any, args: Namespace) -> np.ndarray:
     """(N, C) float32 features, divided by their length plus 1e-5, as published."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = make_loader(images, range(len(images)), args.batch_size, min(args.num_workers, available_cores()))
@@ -153,7 +151,7 @@ def features_of(network: nn.Module, images: Any, args: argparse.Namespace) -> np
     return (features / (features.norm(dim=1, keepdim=True) + 1e-5)).cpu().numpy()
 
 
-def full(features: Features, args: argparse.Namespace) -> dict[str, Any]:
+def full(features: Features, args: Namespace) -> dict[str, Any]:
     """Train on all training images."""
     rows, name = np.arange(len(features.train_labels)), "accuracy" if args.folder else "mAP"
     by_cost = {cost: precisions(features, [rows], cost, args)[0] for cost in args.cost}
@@ -166,7 +164,7 @@ def full(features: Features, args: argparse.Namespace) -> dict[str, Any]:
     return {"cost": cost, **summary[str(cost)], "by_cost": summary}
 
 
-def low_shot(features: Features, args: argparse.Namespace) -> dict[str, Any]:
+def low_shot(features: Features, args: Namespace) -> dict[str, Any]:
     """Train on k images of each class, several draws of them."""
     result, name, key = {}, *(("acc.", "accuracy") if args.folder else ("mAP", "map"))
     log(f"{'k':>3s}  {name:>5s}  {'std':>5s}   mean and standard deviation over {DRAWS} draws")
@@ -182,12 +180,12 @@ def low_shot(features: Features, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def draws_of(labels: np.ndarray, k: int, args: argparse.Namespace) -> list[np.ndarray]:
+def draws_of(labels: np.ndarray, k: int, args: Namespace) -> list[np.ndarray]:
     """The training images of each draw."""
     return [voc.draw_low_shot(labels, k, args.seed, draw) for draw in range(DRAWS)]
 
 
-def precisions(features: Features, draws: list[np.ndarray], cost: float, args: argparse.Namespace) -> list[dict[str, float]]:
+def precisions(features: Features, draws: list[np.ndarray], cost: float, args: Namespace) -> list[dict[str, float]]:
     """For each draw of training images, the average precision of each class on the test set; with --folder the accuracy."""
     jobs = [Job(rows, label, cost) for rows in draws for label in range(len(features.classes))]
     scores, result = iter(run(features, jobs, args)), []
@@ -205,7 +203,7 @@ def precisions(features: Features, draws: list[np.ndarray], cost: float, args: a
     return result
 
 
-def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Namespace) -> float:
+def choose_cost(features: Features, draws: list[np.ndarray], args: Namespace) -> float:
     """The cost of best mean average precision in cross-validation on the training images; of one, that one.
 
     Draws with fewer than a positive image for each fold cannot tell: then the first of --cost.
@@ -222,7 +220,7 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: argparse.Name
     return max(quality, key=quality.__getitem__)
 
 
-def run(features: Features, jobs: list[Job], args: argparse.Namespace) -> list[np.ndarray]:
+def run(features: Features, jobs: list[Job], args: Namespace) -> list[np.ndarray]:
     """The scores of each job, in parallel over the cores; processes, since liblinear's random numbers are a process's."""
     workers = min(args.num_workers and available_cores(), len(jobs))
     loader = make_loader(Scores(features, jobs, args.seed), range(len(jobs)), 1, workers, in_order=False)
