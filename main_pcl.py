@@ -122,7 +122,9 @@ def check(parser: cli.Parser, args: Namespace) -> Plan:
     preflight.check_lone_image(parser, args, plan, model)
     plan, state = preflight.find_run(parser, args, plan, model)
     if plan.epoch < args.epochs:
-        plan = inputs.read_images(parser, args, plan, images, monitor.val_folder(args, plan))
+        val = monitor.val_folder(args, plan)
+        (images, *_), unreadable = inputs.leave_out_unreadable(parser, args, plan.place, images, *([val] if val else []))
+        plan = replace(plan, num_images=len(images), files=inputs.describe_files(images), unreadable=unreadable)
         preflight.check_number(parser, args, plan)
         rehearse(parser, args, plan, state)
     return plan

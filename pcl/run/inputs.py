@@ -7,7 +7,6 @@ import os
 import zlib
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from pcl.images import holds_images, list_folder, tell_left_out, why_unreadable
 from pcl.loader import IndexedFolder
 from pcl.networks import NO_SMALL_STEM, backbone, takes_small_stem
 from pcl.run.logs import log, track
-from pcl.run.preflight import Plan
 from pcl.run.rendezvous import Place
 
 UNREADABLE = "unreadable.txt"
@@ -127,12 +125,6 @@ def leave_out_unreadable(
             parser.error(f"DIR {args.data}: none of the {len(images)} images of {images.root} can be read")
         kept.append(images.subset(np.array(readable)))
     return kept, unreadable
-
-
-def read_images(parser: Parser, args: Namespace, plan: Plan, images: IndexedFolder, val: IndexedFolder | None) -> Plan:
-    """The plan with the training images, without those that cannot be read if --skip-unreadable asks for that."""
-    (images, *_), unreadable = leave_out_unreadable(parser, args, plan.place, images, *([val] if val else []))
-    return replace(plan, num_images=len(images), files=describe_files(images), unreadable=unreadable)
 
 
 def describe_files(*folders: IndexedFolder) -> str:

@@ -17,11 +17,6 @@ from pcl.run.logs import Meters, log
 from pcl.run.preflight import Plan, note_changes
 
 
-def e_step_is_due(epoch: int, args: Namespace) -> bool:
-    """Whether this epoch (from 0) gets new clusters."""
-    return epoch >= args.warmup_epoch and (epoch - args.warmup_epoch) % args.kmeans_every == 0
-
-
 def terms_of(epoch: int, args: Namespace, plan: Plan) -> dict[str, Any]:
     """What must be the same for another run to finish an epoch: its steps' images, its clusters."""
     names = ["warmup_epoch"]
@@ -43,7 +38,8 @@ class Progress:
 
     def next(self, args: Namespace) -> Progress:
         """The start of the next epoch; clusters are kept unless a new E-step is due."""
-        return Progress(self.epoch + 1, clusterings=[] if e_step_is_due(self.epoch + 1, args) else self.clusterings)
+        due = (self.epoch + 1 - args.warmup_epoch) % args.kmeans_every == 0  # before the first one there are none to keep
+        return Progress(self.epoch + 1, clusterings=[] if due else self.clusterings)
 
     def state_over_ranks(self, args: Namespace, plan: Plan) -> dict[str, Any]:
         """For a checkpoint; every rank must call it."""
