@@ -49,18 +49,14 @@ class Probe:
     source: dict[str, str]  # where the backbone comes from
 
 
-def names_of_rates(args: Namespace) -> list[str]:
-    """Such as ["0.3", "5"]; of a single learning rate [""], whose files and values bear no mark."""
-    return [str(lr).removesuffix(".0") for lr in args.lr] if len(args.lr) > 1 else [""]
-
-
 def open_probe(args: Namespace, classes: list[str]) -> Probe:
     """Open what the options name: new heads on a backbone, or those to go on from.
 
     Raises:
         CheckpointError: a file that does not fit the options or the classes.
     """
-    names = names_of_rates(args)
+    # Such as ["0.3", "5"]; of a single learning rate [""], whose files and values bear no mark.
+    names = [str(lr).removesuffix(".0") for lr in args.lr] if len(args.lr) > 1 else [""]
     folders = [RESULTS / args.id / f"lr_{name}" if name else RESULTS / args.id for name in names]
     paths = [str(args.resume or "")] * len(names)
     if args.resume == "auto":
@@ -122,20 +118,11 @@ def save(model: Probe, head: Head, classes: list[str], args: Namespace, plan: Pl
     if not is_main():
         return
     network = model.backbone.state_dict() | {f"fc.{name}": value for name, value in head.layer.state_dict().items()}
-    state = {
-        "epoch": head.epoch,
-        "arch": model.source["arch"],
-        "state_dict": {f"module.{name}": value for name, value in network.items()},
-        "best_acc1": max(metrics["test_acc"] for metrics in head.history),
-        "optimizer": head.optimizer.state_dict(),
-        "classes": classes,
-        "source": model.source,
-        "history": head.history,
-        "finetune": args.finetune,
-        "seed": plan.seed,
-        "deterministic": plan.deterministic,
-        "args": head.settings(args, plan),
-    }
+    weights = {f"module.{name}": value for name, value in network.items()}
+    state = {"epoch": head.epoch, "arch": model.source["arch"], "state_dict": weights, "optimizer": head.optimizer.state_dict()}
+    state |= {"history": head.history, "best_acc1": max(metrics["test_acc"] for metrics in head.history)}
+    state |= {"classes": classes, "source": model.source, "finetune": args.finetune}
+    state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": head.settings(args, plan)}
     head.folder.mkdir(exist_ok=True)
     if head.history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(head.folder / BEST, state)
