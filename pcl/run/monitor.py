@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -64,22 +64,22 @@ class Monitor:
         if self.freq == 0:
             return
         start = time.monotonic()
-        jobs: dict[str, Callable[[], Iterable[float]]] = {}
+        jobs: dict[str, Callable[[], dict[str, float]]] = {}
         if self.label is not None:
             label = self.label[seen.start : seen.stop : seen.step][:KNN_POOL]
-            jobs["knn_train"] = lambda: [leave_one_out_accuracy(features[:KNN_POOL], label)]
+            jobs["knn_train"] = lambda: {"accuracy": leave_one_out_accuracy(features[:KNN_POOL], label)}
         if self.val_loader is not None:
             val_label = torch.from_numpy(self.val_loader.dataset.labels)  # type: ignore[attr-defined]
             rows = extract_features(model.backbone_features, track(self.val_loader, "monitor"), len(val_label), features.device)
-            jobs["knn_val"] = lambda: [leave_one_out_accuracy(rows, val_label)]
+            jobs["knn_val"] = lambda: {"accuracy": leave_one_out_accuracy(rows, val_label)}
         for number, im2cluster in enumerate(clustering.im2cluster.cpu() for clustering in clusterings):
             if self.label is not None:
-                jobs[f"label {number}"] = partial(_agreement, im2cluster, self.label)
+                jobs[f"label {number}"] = partial(cluster_agreement, im2cluster, self.label)
             if self.previous:
-                jobs[f"previous {number}"] = partial(_agreement, self.previous[number], im2cluster)
+                jobs[f"previous {number}"] = partial(cluster_agreement, self.previous[number], im2cluster)
         # Each rank does some of them; the costliest falls to the main process, whose features it is to be about.
         cost = [2.0 if name == "knn_train" else 1.0 for name in jobs]
-        values = shared_map(lambda job: [torch.tensor([*job()], dtype=torch.float64)], [*jobs.values()], cost)
+        values = shared_map(lambda job: [torch.tensor([*job().values()], dtype=torch.float64)], [*jobs.values()], cost)
         done = {name: result.tolist() for name, (result,) in zip(jobs, values, strict=True)}
         if is_main():
             found = {name: result[0] for name, result in done.items() if name.startswith("knn")}
@@ -114,10 +114,6 @@ class Monitor:
             shown = {f"clusters_{num_cluster}/size": size, f"clusters_{num_cluster}/concentration": phi}
             self.record.board.histogram(epoch, **shown)
         return {f"clusters_{num_cluster}/{name}": value for name, value in found.items()}
-
-
-def _agreement(im2cluster: Tensor, label: Tensor) -> Iterable[float]:
-    return cluster_agreement(im2cluster, label).values()
 
 
 def _tell(epoch: int, found: dict[str, float], num_clusters: Sequence[int]) -> None:
