@@ -152,10 +152,9 @@ def check_same_start(folder: str | Path, *start: Any) -> None:
 
 
 def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:
-    """The network that the options name, without its head, in eval mode; and what it is, for the results.
+    """The network that the options name, without its head, in eval mode, and what it is, for the results.
 
-    Raises:
-        CheckpointError: not one of a file, --random-init and --pixels, or a file that does not fit; names the option.
+    CheckpointError, which names the option, unless it is one of a file that fits, --random-init and --pixels.
     """
     if [bool(args.pretrained), args.random_init, args.pixels].count(True) != 1:
         raise CheckpointError("--pretrained: give exactly one of --pretrained FILE, --random-init and --pixels")

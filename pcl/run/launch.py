@@ -44,12 +44,9 @@ watch = Watch()  # of this process; started where it is one of a run
 
 
 def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
-    """Run `worker(device, args, plan)` in every process of the run.
+    """Run `worker(device, args, plan)` in every process of the run. A seed that the plan lacks is drawn: `worker` gets it.
 
-    Args:
-        args: `dist_backend`, `dist_timeout` (seconds) and `gpu` (None: by local rank) are read.
-        plan: the place of this process, the seed (None: drawn at random; `worker` gets the drawn one) and whether a GPU is to
-            use slower algorithms that repeat to the bit.
+    Reads `args.dist_backend`, `dist_timeout` (seconds) and `gpu` (None: by local rank).
 
     Raises:
         RunError: from the worker, because a process was killed, or because the processes did not find each other. Of several

@@ -85,8 +85,7 @@ class Meters:
 def claim(folder: Path) -> Any:
     """Keep other runs out of an experiment's folder for as long as the returned file is open and this process lives.
 
-    Raises:
-        RunError: another run has it, and does not end within `PATIENCE`.
+    RunError if another run has it, and does not end within `PATIENCE`.
     """
     file, end = (folder / ".lock").open("a"), time.monotonic() + PATIENCE
     while True:
@@ -103,15 +102,10 @@ def claim(folder: Path) -> Any:
 
 
 class RunLog:
-    """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and arguments.
+    """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and the run's `args`.
 
-    No second run can have a log in the same folder meanwhile.
-
-    Args:
-        folder: made if need be.
-        args: of the run.
-        board: folder of TensorBoard's files, which also show what `metrics` is given.
-        check: called once no other run can write into the folder, before this one does: another may have come first.
+    No second run can have a log in the same folder meanwhile. `check` is called once that is so, before anything is written:
+    another run may have come first. TensorBoard's files in `board` also show what `metrics` is given.
     """
 
     def __init__(

@@ -33,13 +33,9 @@ KNN_POOL = 2_000_000  # training images among which kNN searches
 
 
 class Monitor:
-    """Logs what tells whether a run learns: after each E-step, and every `freq` epochs of warm-up.
+    """Logs what tells whether a run learns: after each E-step, and every `freq` epochs of warm-up; where that is 0, nothing.
 
-    Args:
-        images: the training images, whose folders are the labels.
-        val_loader: this rank's share of the validation images (`pcl.loader.indices_of_rank`); None without any.
-        freq: epochs between two measurements in warm-up; 0 turns everything off.
-        record: takes the results.
+    The folders of the training images are the labels; `val_loader` has this rank's share of the validation images.
     """
 
     def __init__(self, images: IndexedFolder, val_loader: DataLoader | None, freq: int, record: RunLog) -> None:
@@ -52,14 +48,10 @@ class Monitor:
         return self.freq > 0 and epoch % self.freq == 0 and (self.label is not None or self.val_loader is not None)
 
     def measure(self, epoch: int, model: MoCo, features: Tensor, seen: range, clusterings: Sequence[Clustering]) -> None:
-        """Log the results. Every rank must call it, with the model in eval mode.
+        """Log the results before `epoch`. Every rank must call it, with the model in eval mode.
 
-        Args:
-            epoch: the one to come, from 0.
-            model: its backbone sees the validation images.
-            features: (n, C) unit-length momentum features; n = N except for sharded k-means.
-            seen: the images that they are of. With sharded k-means, those of the main process are looked at.
-            clusterings: of all images; none in warm-up.
+        `features` (n, C) are the unit-length momentum features of the images `seen`: of all N, or with sharded k-means of this
+        rank's, of which the main process's are looked at. `clusterings` are of all images; there are none in warm-up.
         """
         if self.freq == 0:
             return
@@ -135,10 +127,7 @@ def save_e_step(
 ) -> None:
     """Write what `pcl/figures.py` draws from, in place of the last E-step's. Every rank must call it.
 
-    Args:
-        folder: the experiment's.
-        epoch, features, seen, clusterings: as for `Monitor.measure`.
-        images: the training images.
+    `folder` is the experiment's, `images` are those of training; the others are as for `Monitor.measure`.
     """
     if is_main():
         ids = torch.arange(seen.start, seen.stop, seen.step)  # (n,)
@@ -175,13 +164,11 @@ def val_folder(args: Namespace, plan: Plan) -> IndexedFolder | None:
 
 
 def val_loader(args: Namespace, plan: Plan) -> DataLoader | None:
-    """This rank's share of the images of `val_folder`; None if they cannot tell anything.
-
-    At most an eighth of the number of training images, so that measuring costs little beside training.
-    """
+    """This rank's share of the images of `val_folder`; None if they cannot tell anything."""
     images = val_folder(args, plan)
     if images is None:
         return None
+    # At most an eighth of the number of training images, so that measuring costs little beside training.
     chosen = np.random.default_rng(0).permutation(len(images))[: plan.num_images // 8]
     images = images.subset(np.sort(chosen))
     if len(images) < get_world_size() or len(np.unique(images.labels)) < 2:

@@ -203,11 +203,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
 
 
 def check_other_run(args: Namespace, plan: Plan) -> None:
-    """Asked before anything is written, and again once no other run can write.
-
-    Raises:
-        RunError: the folder holds a run that is not to be resumed, or one that has come further than --resume.
-    """
+    """RunError if --exp-dir holds a run that is not to be resumed, or one further than --resume; asked again under its lock."""
     folder = f"--exp-dir {args.exp_dir}"
     if args.resume == "auto":
         return

@@ -50,11 +50,7 @@ class Probe:
 
 
 def open_probe(args: Namespace, classes: list[str]) -> Probe:
-    """Open what the options name: new heads on a backbone, or those to go on from.
-
-    Raises:
-        CheckpointError: a file that does not fit the options or the classes.
-    """
+    """New heads on the backbone that the options name, or those to go on from; CheckpointError if a file does not fit."""
     # Such as ["0.3", "5"]; of a single learning rate [""], whose files and values bear no mark.
     names = [str(lr).removesuffix(".0") for lr in args.lr] if len(args.lr) > 1 else [""]
     folders = [RESULTS / args.id / f"lr_{name}" if name else RESULTS / args.id for name in names]
@@ -130,11 +126,7 @@ def save(model: Probe, head: Head, classes: list[str], args: Namespace, plan: Pl
 
 
 def check_other_run(args: Namespace) -> None:
-    """Asked before anything is written, and again once no other run can write.
-
-    Raises:
-        RunError: the folder holds a run that is not to be resumed, or one of other learning rates.
-    """
+    """RunError if --id holds a run that is not to be resumed, or one of other learning rates; asked again under its lock."""
     folder = RESULTS / args.id
     goes_on = args.resume and (args.resume == "auto" or Path(args.resume).resolve() == (folder / LAST).resolve())
     if not (goes_on or args.evaluate) and folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:

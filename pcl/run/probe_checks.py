@@ -19,11 +19,7 @@ from pcl.run.probe import RESULTS, check_other_run, open_probe
 
 
 def check(parser: Parser, args: Namespace) -> Plan:
-    """Stop on what cannot work, before any process is started or file written; what a run must know besides its options.
-
-    Raises:
-        RunError: some of what cannot work.
-    """
+    """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
     plan = preflight.check_launch(parser, args)
     several = len(args.lr) > 1
     checks = (
@@ -104,8 +100,7 @@ def names_in(path: Path) -> set[str]:
 def labelled_images(train: IndexedFolder, args: Namespace, seed: int = 0, complete: bool = False) -> IndexedFolder:
     """The training images whose labels are used: those that --subset names, or --percent of each class.
 
-    Raises:
-        RunError: a name of several images; if the folder is `complete`, a name of no image.
+    RunError if a name is that of several images; if the folder is `complete`, also if it is that of none.
     """
     if not args.subset:
         return train.subset(label_subset(train.labels, args.percent, seed))

@@ -54,8 +54,7 @@ class Progress:
     def from_state(cls, state: dict[str, Any], args: Namespace, plan: Plan, device: torch.device | str = "cpu") -> Progress:
         """The progress in the saved epoch: none if these images and options cannot finish that epoch.
 
-        Raises:
-            Exception: of any kind, if the state is not one that a run writes.
+        An exception of any kind, if the state is not one that a run writes.
         """
         epoch, steps = state["epoch"], state["steps"]
         terms = dict(state.get("terms", {}))

@@ -61,10 +61,7 @@ class Place:
 def place_of(args: Namespace) -> Place:
     """The place that a launcher gave to this process, or that of the first process which this one is to start.
 
-    Reads `args.nproc`, `gpu`, `world_size`, `rank` and `dist_url`.
-
-    Raises:
-        RunError: variables of a launcher that are missing or wrong.
+    Reads `args.nproc`, `gpu`, `world_size`, `rank` and `dist_url`. RunError if a launcher's variables are missing or wrong.
     """
     outside, nproc = launched_outside(args), args.nproc or (1 if args.gpu is not None else max(1, torch.cuda.device_count()))
     if outside and not (outside.is_task and outside.local_world == 1 and nproc > 1):
@@ -159,9 +156,7 @@ def serve(host: str, port: int, seconds: float) -> dist.TCPStore:
 def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) -> tuple[dist.Store, str]:
     """Wait until all processes are here. Returns their store, and the prefix of its keys.
 
-    Raises:
-        RunError: the port is in use, not all came within `seconds`, or they do not fit together: other numbers of processes,
-            other `options`.
+    RunError if the port is in use, not all come within `seconds`, or they differ in their numbers of processes or `options`.
     """
     given = {name: str(value) for name, value in (options or {}).items() if name not in OWN}
     where, within = f"--dist-url tcp://{place.host}:{place.port}", f"within {seconds:g} s (--dist-timeout)"

@@ -111,11 +111,7 @@ def check_weights(model: torch.nn.Module, progress: Progress, args: Namespace, p
 
 
 def remedy(args: Namespace, plan: Plan, epoch: int, step: int = 0) -> str:
-    """What to do about numbers that are not finite.
-
-    Args:
-        epoch, step: in which they appeared, from 0 and from 1; the weights had not yet changed in it. 0: unknown.
-    """
+    """What to do about numbers that are not finite: in this epoch (from 0), before this step's change (from 1; 0: unknown)."""
     if (epoch, step) == (plan.epoch, plan.step + 1):
         cause = f"the weights in {plan.resume}; name another checkpoint" if plan.resume else "a small --temperature; raise it"
         return f"before this run has changed a weight: look for the cause in {cause}"

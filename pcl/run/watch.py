@@ -66,14 +66,7 @@ class Watch:
         return self
 
     def join(self, group: dist.ProcessGroup, address: tuple[str, int], prefix: str, node: int) -> None:
-        """Watch the other processes too.
-
-        Args:
-            group: all processes, connected by gloo.
-            address: host and port of its store.
-            prefix: of the keys of this group in the store.
-            node: number of this machine.
-        """
+        """Watch the other processes of a group (of gloo) too, by the store at an address, in keys that begin with `prefix`."""
         self._group, self._node, self._address, self._prefix = group, node, address, f"{prefix}/watch"
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         store = self._connect()
