@@ -276,7 +276,9 @@ def save(
     state = {**done, "arch": args.arch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": plan.settings(args)}
     if finished and (progress.epoch % args.save_freq == 0 or progress.epoch == args.epochs):
-        kept.save_numbered(args.exp_dir, state, args.keep, args.keep_every)
+        checkpoint.save(args.exp_dir / f"checkpoint_{progress.epoch - 1:04d}.pth.tar", state)
+        (args.exp_dir / checkpoint.LAST).unlink(missing_ok=True)
+        kept.prune(args.exp_dir, args.keep, args.keep_every)
     elif finished or progress.steps or args.save_steps:  # without --save-steps, a run saves within an epoch where it is stopped
         checkpoint.save(args.exp_dir / checkpoint.LAST, state)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pcl.checkpoint import LAST, NAMES, CheckpointError, load, save, wrong_fields
+from pcl.checkpoint import NAMES, CheckpointError, load, wrong_fields
 
 
 def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
@@ -29,13 +29,6 @@ def newest(folder: Path, tell: Callable[[str], Any] = str) -> Path | None:
             if number < math.inf:
                 break
     return max(found)[2] if found else None
-
-
-def save_numbered(folder: Path, state: Mapping[str, Any], keep: int, keep_every: int) -> None:
-    """Save a finished epoch's checkpoint under its number, in place of the last one; `prune` the others."""
-    save(folder / f"checkpoint_{state['epoch'] - 1:04d}.pth.tar", state)
-    (folder / LAST).unlink(missing_ok=True)
-    prune(folder, keep, keep_every)
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
