@@ -63,7 +63,6 @@ def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
     else:  # no other machine takes part, and none can reach the store
         store = serve(LOOPBACK, 0, args.dist_timeout)
         _spawn(worker, args, replace(plan, place=replace(place, host=LOOPBACK, port=store.port)))
-        del store
 
 
 def _spawn(worker: Worker, args: Namespace, plan: Plan) -> None:

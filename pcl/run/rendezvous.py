@@ -90,10 +90,8 @@ def launched_outside(args: Namespace) -> Place | None:
         return None  # variables of a single process
     if rank is None or world is None or local_rank is None:
         raise _missing(next(name for name in names if not os.environ.get(name)))
-    host, port = os.environ.get("MASTER_ADDR"), _number_of("MASTER_PORT")
-    if args.dist_url:
-        url = urlsplit(args.dist_url)
-        host, port = host or url.hostname, port or url.port
+    url = urlsplit(args.dist_url or "")
+    host, port = os.environ.get("MASTER_ADDR") or url.hostname, _number_of("MASTER_PORT") or url.port
     if names[0] == "SLURM_PROCID":
         hosts = _hosts(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "")
         if not hosts:
@@ -188,9 +186,8 @@ def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) ->
             if came >= place.world and not hopeless:
                 words.set("verdict", "")
             elif time.monotonic() > end:
-                late = (
-                    f"{came} of {place.world} processes came {within}; start every node with this URL and the same --world-size"
-                )
+                late = f"{came} of {place.world} processes came {within}"
+                late += "; start every node with this URL and the same --world-size"
                 words.set("verdict", words.compare_set("problem", "", late).decode())
             time.sleep(0.05)
         while not words.check(["verdict"]):

@@ -84,8 +84,7 @@ def draw_pictures(exp_dir: Path) -> None:
 def warn_if_collapsed(features: torch.Tensor, epoch: int, images: IndexedFolder) -> None:
     """Say so if the unit-length features (N, C) of all images are the same, after the first epoch."""
     if epoch > 0 and float(features.mean(dim=0).square().sum()) > 0.99:
-        same = ", and so are the images"
-        why = same if look_alike(images) else " (collapsed); lower --lr, or see docs/settings.md"
+        why = ", and so are the images" if look_alike(images) else " (collapsed); lower --lr, or see docs/settings.md"
         log(f"warning: the features of all images are almost the same{why}")
 
 
@@ -99,8 +98,7 @@ def check_loss(meters: Meters, epoch: int, args: Namespace, plan: Plan) -> None:
 def check_features(features: torch.Tensor, label: str, epoch: int, args: Namespace, plan: Plan) -> None:
     """RunError if features of images are not finite on some rank; every rank must call it."""
     if int(sum_over_ranks((~features.sum(dim=1).isfinite()).sum())):
-        advice = remedy(args, plan, epoch, step=1)
-        raise RunError(f"{label}: features of images are not finite numbers, {advice}")
+        raise RunError(f"{label}: features of images are not finite numbers, {remedy(args, plan, epoch, step=1)}")
 
 
 def check_weights(model: torch.nn.Module, progress: Progress, args: Namespace, plan: Plan) -> None:

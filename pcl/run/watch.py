@@ -31,15 +31,12 @@ STORE_IS_GONE = "process 0 has ended or no longer answers"
 
 
 class Watch:
-    """The watch of this process; one that was not started only knows that there is no signal.
-
-    Args:
-        launcher: id of the process that spawned this one; its end is a signal to stop too.
-    """
+    """The watch of this process; one that was not started only knows that there is no signal."""
 
     def __init__(self, launcher: int | None = None) -> None:
         self.stop_signal = 0  # here or in another process
-        self._stop_time, self._silence, self._launcher = 0.0, SILENCE, launcher
+        self._launcher = launcher  # id of the process that spawned this one; its end is a signal to stop too
+        self._stop_time, self._silence = 0.0, SILENCE
         self._finishing = self._leaving = self._closed = False
         self._group: dist.ProcessGroup | None = None
         self._rank = self._world = self._node = 0
