@@ -32,8 +32,8 @@ from pcl.features import extract_share
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, kept, launch, monitor, options, preflight, report
-from pcl.run.build import augmentation_of, autocast, make_model, start_model
 from pcl.run.logs import EpochLog, RunLog, log, track
+from pcl.run.options import augmentation_of, autocast, make_model, start_model
 from pcl.run.preflight import Plan
 from pcl.run.progress import Progress, rehearse
 from pcl.sharded import cluster_all_sharded

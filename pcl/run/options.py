@@ -1,18 +1,23 @@
-"""The groups of options that scripts share, and the learning rate."""
+"""The groups of options that scripts share, and what options describe: the learning rate, the model, the views."""
 
 from __future__ import annotations
 
-import argparse
 import math
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pcl import cli
+from pcl import checkpoint, cli
+from pcl.augment import Augmentation
+from pcl.builder import MoCo, split_batch_norm
 from pcl.cli import Parser, integer, natural, path, positive, positive_float
-from pcl.networks import architectures
+from pcl.networks import architectures, new_network
+from pcl.run.logs import log
+from pcl.run.preflight import Plan
 
 
 # fmt: off
@@ -58,7 +63,7 @@ def add_launch(parser: Parser) -> None:
                        help="how long processes wait for each other before a run is given up")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="always on; accepted for old command lines")
     # torch.distributed.launch adds it; it sets LOCAL_RANK too.
-    group.add_argument("--local-rank", "--local_rank", type=natural, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    group.add_argument("--local-rank", "--local_rank", type=natural, default=SUPPRESS, help=SUPPRESS)
     group.add_argument("--seed", type=cli.seed, metavar="N",
                        help="base of the random seeds, by default drawn at random; process i takes N + i")
 
@@ -140,7 +145,7 @@ def fitted(num_images: int, epochs: int, batch: int | None = None) -> dict[str, 
     return dict(zip(FITTED, (clusters, negatives, batch, 0.03 * batch / 256, momentum, warmup), strict=True))
 
 
-def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> Namespace:
     """Parse a command line of pre-training; with --fit, what is not given of `FITTED` is set."""
     args = parser.parse_args(words)
     if args.fit:
@@ -150,7 +155,7 @@ def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> argparse
     return args
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace, epoch: int, *first: float) -> float:
+def set_learning_rate(optimizer: torch.optim.Optimizer, args: Namespace, epoch: int, *first: float) -> float:
     """Give each group of the optimizer the epoch's learning rate, return the last; `first`: each group's at epoch 0."""
     factor = learning_rate_factor(args, epoch)
     for group, lr in zip(optimizer.param_groups, first or [args.lr], strict=True):
@@ -158,8 +163,38 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, args: argparse.Namespace
     return lr * factor
 
 
-def learning_rate_factor(args: argparse.Namespace, epoch: int) -> float:
+def learning_rate_factor(args: Namespace, epoch: int) -> float:
     """A cosine from 1 to 0 with `cos`, else `gamma` (a tenth) to the number of epochs in `schedule` that have come."""
     if getattr(args, "cos", False):
         return 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
     return getattr(args, "gamma", 0.1) ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def make_model(args: Namespace) -> MoCo:
+    """The model that the options describe, with random weights."""
+    encoder = partial(new_network, args.arch, args.small_stem)
+    model = MoCo(encoder, args.low_dim, args.pcl_r, args.moco_m, args.mlp)
+    if args.bn_splits > 1:
+        split_batch_norm(model, args.bn_splits)
+    return model
+
+
+def start_model(args: Namespace, plan: Plan) -> MoCo:
+    """`make_model`, for a new run with the weights of --init; its encoders are compiled if --compile asks for it."""
+    model = make_model(args)
+    if args.init and not plan.resume and not checkpoint.load_init(args.init, model, args.arch):
+        log(f"note: --init {args.init}: its head does not fit --low-dim and --mlp; the head begins with random weights")
+    for encoder in (model.encoder_q, model.encoder_k) if args.compile else ():
+        # In place: no name changes. Not dynamic: the E-step's batch would make sizes symbolic, and training's kernels slow.
+        encoder.compile(fullgraph=True, dynamic=False)
+    return model
+
+
+def augmentation_of(args: Namespace) -> Augmentation:
+    """The views that the options describe."""
+    return Augmentation(args.image_size, args.aug_plus, on_device=args.augment_on == "device")
+
+
+def autocast(args: Namespace, device: torch.device) -> torch.autocast:
+    """Inside, the encoders give features in bfloat16 if --amp asks for it; weights and all that follows stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
