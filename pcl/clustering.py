@@ -143,6 +143,14 @@ def permutation(count: int, seed: int) -> np.ndarray:
     return order
 
 
+def assign_and_measure(features: Array, centroids: Array, temperature: float, device: torch.device | None = None) -> Clustering:
+    """Assign features (N, C) to their nearest raw centroid (K, C), both float32; the clustering, on the CPU."""
+    squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
+    # As published, distances are to the centroids before they are put on the sphere.
+    phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
+    return Clustering(im2cluster, F.normalize(torch.as_tensor(centroids, dtype=torch.float32), dim=1), phi)
+
+
 def nearest_centroids(features: Array, centroids: Array, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
     features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
@@ -210,10 +218,8 @@ def cluster_all(
     def measure(job: tuple[int, int, int]) -> tuple[Tensor, ...]:
         if job not in best:
             return ()
-        squared, im2cluster = nearest_centroids(points, centroids[job], device)  # (N,), (N,)
-        # As published, distances are to the centroids before they are put on the sphere.
-        phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids[job]), temperature)
-        return im2cluster, prototypes_of(centroids[job]), phi
+        found = assign_and_measure(points, centroids[job], temperature, device)
+        return found.im2cluster, prototypes_of(centroids[job]), found.concentration
 
     # Jobs of the same cost are done where they were before: the centroids need not travel.
     return [Clustering(*found).to(device) for found in share(measure, jobs, cost) if len(found)]

@@ -5,7 +5,7 @@ import torch
 from conftest import GOLDEN, save_result
 
 from pcl import clustering
-from pcl.clustering import Clustering, cluster, cluster_all, concentration, nearest_neighbours
+from pcl.clustering import Clustering, assign_and_measure, cluster, cluster_all, concentration, nearest_neighbours
 from pcl.distributed import shared_map
 from pcl.metrics import cluster_agreement
 
@@ -21,8 +21,8 @@ def test_concentration_and_prototypes_are_the_published_ones(number):
         distance = np.sqrt(golden["squared_distance"])
         ours = concentration(distance, golden["assignment"], len(golden["density"]), float(golden["temperature"]))
         np.testing.assert_allclose(ours, golden["density"], rtol=1e-5)
-        _, prototypes_of = clustering.held_by_float32(torch.from_numpy(golden["raw_centroids"]))
-        np.testing.assert_allclose(prototypes_of(golden["raw_centroids"]), golden["centroids"], atol=1e-6)
+        described = assign_and_measure(golden["raw_centroids"], golden["raw_centroids"], 0.2)
+        np.testing.assert_allclose(described.prototypes, golden["centroids"], atol=1e-6)
 
 
 def test_concentration_matches_a_plain_loop():
@@ -79,10 +79,15 @@ def test_the_restart_with_the_best_objective_wins(monkeypatch):
         clustering, "kmeans", lambda x, k, seed, restart, *_: (next(objectives), np.full((k, 4), 1 + restart, np.float32))
     )
     seen = []
-    nearest = torch.zeros(10), torch.zeros(10, dtype=torch.long)
-    monkeypatch.setattr(clustering, "nearest_centroids", lambda x, centroids, device: seen.append(centroids[0, 0]) or nearest)
+    monkeypatch.setattr(
+        clustering, "assign_and_measure", lambda x, centroids, t, device: seen.append(centroids[0, 0]) or fake()
+    )
     cluster(unit_rows(10, 4), 2, 0.2)
     assert seen == [2.0]  # restart 1; restart 3 is as good, but later
+
+
+def fake():
+    return Clustering(torch.zeros(10, dtype=torch.long), torch.ones(2, 4), torch.ones(2))
 
 
 @pytest.mark.parametrize("k", [99, 100], ids=["N - 1", "N"])
@@ -174,7 +179,7 @@ WRONG = {
     "kmeans, K > N": (lambda: clustering.kmeans(X.numpy(), 21, 0), "num_cluster"),
     "centroids of other columns": (lambda: clustering.nearest_centroids(X, X[:, :4]), "centroids"),
     "no centroid": (lambda: clustering.nearest_centroids(X, X[:0]), "centroids"),
-    "centroids that are no numbers": (lambda: clustering.nearest_centroids(X, X / 0), "centroids"),
+    "centroids that are no numbers": (lambda: assign_and_measure(X, X / 0, 0.2), "centroids"),
     "queries of other columns": (lambda: nearest_neighbours(X, X[:, :4], 1), "query"),
     "more neighbours than rows": (lambda: nearest_neighbours(X, X, 21), "k"),
     "no neighbour": (lambda: nearest_neighbours(X, X, 0), "k"),
