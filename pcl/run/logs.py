@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import sys
@@ -37,39 +38,50 @@ def log(message: str) -> None:
 
 
 class Meters:
-    """Running means, added up where the values are, so that no step waits for a GPU."""
+    """Running means. What is added waits where it is until a mean is asked for, so that no step waits for a GPU."""
 
     def __init__(self) -> None:
-        self.steps = self._weight = 0
-        self._names: list[str] = []
-        self._sums, self._finite = torch.zeros(1, dtype=torch.float64), torch.tensor(0)  # moved to where the values are
+        self.steps = self._finite = self._weight = 0
+        self._sums: dict[str, float] = {}
+        self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # of the last steps
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Meters:
         """Restore meters from `state_over_ranks`."""
         meters = cls()
-        meters.steps = meters._weight = state["steps"]
+        meters.steps = meters._finite = meters._weight = state["steps"]
+        meters._sums = {name: 0.0 + total for name, total in state["sums"].items()}
         if type(meters.steps) is not int or meters.steps < 1:
             raise ValueError("meters of no step")
-        meters._names, meters._finite = list(state["sums"]), torch.tensor(meters.steps)
-        meters._sums = torch.tensor([*state["sums"].values()], dtype=torch.float64)
         return meters
 
     def add(self, weight: int = 1, **values: Tensor) -> None:
         """Add a scalar for each name, the same names at each step; it counts `weight` times."""
-        self.steps, self._weight = self.steps + 1, self._weight + weight
-        row = torch.stack([value.detach() for value in values.values()]).double()
-        self._names, self._sums = list(values), self._sums.to(row.device) + weight * row
-        self._finite = self._finite.to(row.device) + row.isfinite().all()
+        self._waiting.append((weight, {name: value.detach() for name, value in values.items()}))
+        self.steps += 1
+        if len(self._waiting) == 1000:  # enough memory for scalars
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self._waiting:
+            values = torch.stack([value for _, step in self._waiting for value in step.values()])
+            for (weight, step), row in zip(self._waiting, values.view(len(self._waiting), -1).tolist(), strict=True):
+                for name, value in zip(step, row, strict=True):
+                    self._sums[name] = self._sums.get(name, 0.0) + weight * value
+                self._finite += all(map(math.isfinite, row))
+                self._weight += weight
+            self._waiting = []
 
     @property
     def finite_steps(self) -> int:
         """Steps in which all values were finite numbers (waits for the device)."""
-        return int(self._finite)
+        self._add_up()
+        return self._finite
 
     def means(self) -> dict[str, float]:
         """The mean of each value since the start (waits for the device)."""
-        return dict(zip(self._names, (self._sums / self._weight).tolist(), strict=False))  # no names before the first step
+        self._add_up()
+        return {name: total / self._weight for name, total in self._sums.items()}
 
     def means_over_ranks(self) -> dict[str, float]:
         """`means` over all ranks; every rank must call it."""
