@@ -14,8 +14,6 @@ The cheapest run, a minute on two CPU cores, on the images that come with the pa
     python eval_cls_imagenet.py --random-init -a resnet18 --image-size 32 --epochs 3 --lr 0.03 --schedule 2 --id first samples
 """
 
-from __future__ import annotations
-
 import math
 import time
 from argparse import ArgumentTypeError, Namespace

@@ -13,8 +13,6 @@ The cheapest run, half a minute on two CPU cores, on collages of the images that
     python eval_svm_voc.py --random-init --arch resnet18 --image-size 64 samples
 """
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from typing import Any

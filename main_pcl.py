@@ -11,8 +11,6 @@ The cheapest run, a few minutes on two CPU cores, on the images that come with t
         --num-cluster 100,200,400 --moco-m 0.99 --mlp --aug-plus --cos --exp-dir first_run
 """
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from dataclasses import replace

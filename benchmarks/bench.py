@@ -5,8 +5,6 @@
 The published side is a plain transcription, in other words, of what the published program does there.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

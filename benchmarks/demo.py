@@ -6,8 +6,6 @@
 Options that are not the demo's own go to main_pcl.py. The settings were chosen on other images than the scored ones.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -10,8 +10,6 @@ checkpoint's name must open, and none may be older than before. Runs that come t
 undisturbed run to the bit; then a new one is begun. A launcher is forked from this process, which spares it the imports.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random

@@ -6,8 +6,6 @@ The images are made up and lie on the GPU already, so that neither loading nor a
 plain transcription, in other words, of what the published program does in a step on one GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -15,8 +15,6 @@ towards epoch 100: the scores before it are of unfinished runs. The learning rat
 Options that are not this script's own go to main_pcl.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ It learns from labels, so that its scores say nothing of PCL's. They tell apart 
 clusters that have little to do with the classes, and a fault in what is made of them.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -36,8 +36,6 @@ A run is a process of its own, as many at once as there are cores. It writes OUT
 is in WORK/logs. Options that are not this script's own go to main_pcl.py.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

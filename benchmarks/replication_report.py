@@ -1,7 +1,5 @@
 """The results of benchmarks/replicate.py: choices.json, table.md and low_shot.png, from the JSON files of its runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

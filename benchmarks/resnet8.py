@@ -7,8 +7,6 @@ each of 16, 32 and 64 channels. It has 77,000 weights and gives features of 64 n
 past a block that changes the shape, as in torchvision's networks.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

@@ -190,7 +190,7 @@ def indices_of_rank(num_images: int) -> range:
 
 
 def make_loader(dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, **options: Any) -> DataLoader:
-    """A DataLoader with `options` of its own that leaves the process's random generators alone. RunError: what the user can fix."""
+    """A DataLoader with these `options` that leaves the process's random generators alone. RunError: what the user can fix."""
     return _Loader(
         dataset,
         batch_size,

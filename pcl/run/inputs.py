@@ -1,7 +1,5 @@
 """What a run is given: folders of images, the backbone to evaluate."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zlib

@@ -1,7 +1,5 @@
 """The checkpoints that a run keeps in its folder."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -4,8 +4,6 @@ One process runs here, without a group; several are spawned, and end with this o
 process joins the others.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re

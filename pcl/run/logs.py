@@ -1,7 +1,5 @@
 """What a run tells: meters, a progress bar or lines, and log.jsonl with a JSON line for each record."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -46,7 +44,7 @@ class Meters:
         self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # of the last steps
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Meters:
+    def from_state(cls, state: dict[str, Any]) -> "Meters":
         """Restore meters from `state_over_ranks`."""
         meters = cls()
         meters.steps = meters._finite = meters._weight = state["steps"]

@@ -3,8 +3,6 @@
 Labels are used here, to measure, and nowhere else in pre-training. Letters: N training images, C features, K prototypes.
 """
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence

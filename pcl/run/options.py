@@ -1,7 +1,5 @@
 """The groups of options that scripts share, and what options describe: the learning rate, the model, the views."""
 
-from __future__ import annotations
-
 import math
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What is checked before a process is started or a file written, and `Plan`: what that finds out."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Mapping

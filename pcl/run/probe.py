@@ -1,7 +1,5 @@
 """What a linear probe opens and saves: a head for each learning rate, and the files of each."""
 
-from __future__ import annotations
-
 import copy
 from argparse import Namespace
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What is checked before a linear probe starts, and which labels it is given."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from dataclasses import replace

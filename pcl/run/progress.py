@@ -1,7 +1,5 @@
 """Progress within an epoch, saved so that a resumed run finishes it bit for bit."""
 
-from __future__ import annotations
-
 import zlib
 from argparse import Namespace
 from dataclasses import dataclass, field, fields, replace
@@ -36,7 +34,7 @@ class Progress:
     clusterings: list[Clustering] = field(default_factory=list)  # one for each granularity; none in warm-up
     meters: Meters = field(default_factory=Meters)
 
-    def next(self, args: Namespace) -> Progress:
+    def next(self, args: Namespace) -> "Progress":
         """The start of the next epoch; clusters are kept unless a new E-step is due."""
         due = (self.epoch + 1 - args.warmup_epoch) % args.kmeans_every == 0  # before the first one there are none to keep
         return Progress(self.epoch + 1, clusterings=[] if due else self.clusterings)
@@ -51,7 +49,7 @@ class Progress:
         return done | {"terms": terms_of(self.epoch, args, plan)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], args: Namespace, plan: Plan, device: torch.device | str = "cpu") -> Progress:
+    def from_state(cls, state: dict[str, Any], args: Namespace, plan: Plan, device: torch.device | str = "cpu") -> "Progress":
         """The progress in the saved epoch: none if these images and options cannot finish that epoch.
 
         An exception of any kind, if the state is not one that a run writes.
@@ -74,7 +72,7 @@ class Progress:
         return cls(epoch, steps, clusterings, Meters.from_state(state["meters"]) if steps else Meters())
 
     @classmethod
-    def resume(cls, model: Any, optimizer: torch.optim.Optimizer, args: Namespace, plan: Plan) -> tuple[Progress, Plan]:
+    def resume(cls, model: Any, optimizer: torch.optim.Optimizer, args: Namespace, plan: Plan) -> tuple["Progress", Plan]:
         """Load the checkpoint to go on from, if there is one, into model and optimizer."""
         progress = cls(plan.epoch)
         if args.resume == "auto":  # another run may have been about to end when the command line was checked

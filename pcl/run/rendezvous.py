@@ -1,7 +1,5 @@
 """The place of this process among all that train together, and the store by which they find each other."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What a pre-training run says at its start, its advice, its pictures."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ or has fallen silent. Threads do so, also while the main thread is deep inside a
 signal to stop leaves at once, except inside `Watch.finish_before_leaving`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select
@@ -46,7 +44,7 @@ class Watch:
         self._beats: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one and when it was new
         self._end_of_talk = threading.Event()
 
-    def start(self) -> Watch:
+    def start(self) -> "Watch":
         """Take over the signals."""
         # They wake the thread through a pipe, since Python's own handlers wait for the main thread.
         self._inbox, self._outbox = os.pipe()
