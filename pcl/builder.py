@@ -117,11 +117,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     The running statistics become the mean of those that each group alone would give. Eval mode is as for `nn.BatchNorm2d`.
     """
 
-    splits: int
-    momentum: float
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, splits: int, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.splits = splits
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -139,7 +142,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(network: nn.Module, splits: int) -> None:
-    """Make each BatchNorm2d inside `network` a `SplitBatchNorm2d`; weights, statistics and names stay."""
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__, module.splits = SplitBatchNorm2d, splits  # type: ignore[assignment]
+    """Replace each BatchNorm2d inside `network` by a `SplitBatchNorm2d`; weights, statistics and names stay."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                momentum = 0.1 if child.momentum is None else child.momentum
+                split = SplitBatchNorm2d(splits, child.num_features, child.eps, momentum)
+                for part, value in [*child.named_parameters(), *child.named_buffers()]:
+                    setattr(split, part, value)  # the very tensors: a frozen weight stays frozen
+                setattr(parent, name, split.train(child.training))
