@@ -198,7 +198,7 @@ def train_heads(
     """
     first = [args.lr_backbone] if args.finetune else []
     rates = {head.mark: options.set_learning_rate(head.optimizer, args, epoch, *first, head.lr) for head in heads}
-    backbone.train(args.finetune)
+    backbone.train(args.finetune)  # a linear probe sees it in eval mode, as published
     meters = Meters()
     progress = EpochLog(f"epoch {epoch + 1}/{args.epochs}", len(loader), plan.global_batch, args.print_freq, record, epoch)
     for step, (images, index) in progress.batches(loader):

@@ -242,7 +242,7 @@ def m_step(
         if clusterings:
             loss_prototype, acc_prototype = prototype_loss(q, index, clusterings, args.pcl_r, args.mask_duplicates)
             values |= {"loss_prototype": loss_prototype, "acc_prototype": acc_prototype}
-            loss = loss_instance + args.proto_weight * loss_prototype
+            loss = loss_instance + args.proto_weight * loss_prototype  # published: a weight of 1
 
         optimizer.zero_grad()
         loss.backward()

@@ -57,6 +57,8 @@ def register() -> None:
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        raise SystemExit(__doc__)
     register()
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(ROOT))  # the scripts

@@ -12,6 +12,7 @@ import time
 import torch
 
 from pcl import clustering, sharded
+from pcl.cli import Parser
 from pcl.clustering import ITERATIONS, MAX_POINTS, RESTARTS
 from pcl.distributed import get_world_size, sum_over_ranks
 from pcl.run.launch import launch
@@ -54,6 +55,7 @@ def work(device: torch.device, args: argparse.Namespace, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    Parser(__doc__).parse_args()
     options = {"nproc": 2, "gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "dist_backend": "gloo", "seed": 0}
     args = argparse.Namespace(**options, dist_timeout=600)
     launch(work, args, Plan(place_of(args), seed=0))

@@ -69,8 +69,8 @@ def normalize(images: Tensor) -> Tensor:
 @cache
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """255 as a tensor, since a GPU divides by a plain number less exactly; mean and standard deviation, each (3, 1, 1)."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    return torch.tensor(255.0, device=device), mean, std
+    white, mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (255, MEAN, STD))
+    return white, mean[:, None, None], std[:, None, None]
 
 
 class TwoViews:

@@ -37,9 +37,9 @@ class CheckpointError(RunError):
     """A checkpoint that is missing, damaged or of something else; the message names it and what is wrong."""
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
+def save(path: str | Path, state: Mapping[str, Any]) -> None:
     """`torch.save` by `write_whole`."""
-    write_whole(path, lambda file: torch.save(dict(state), file))
+    write_whole(Path(path), lambda file: torch.save(dict(state), file))
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -238,7 +238,7 @@ def _rehearse_step(path: str | Path, saved: dict[str, Any], parameters: Iterable
         momentum = {f"momentum {n}": v for n, one in saved["state"].items() for v in one.values() if isinstance(v, Tensor)}
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{path}: its optimizer is not one of SGD over this model's weights") from error
-    _check_finite(path, momentum)
+    check_finite(path, momentum)
 
 
 def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tensor], what: str) -> None:
@@ -255,10 +255,10 @@ def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tenso
         reasons = {"missing": missing, "unexpected": weights.keys() - expected.keys(), "of another shape": shapes}
         told = "; ".join(f"{kind} {_some(sorted(names))}" for kind, names in reasons.items() if names)
         raise CheckpointError(f"{path} does not fit {what}: {told or str(error).splitlines()[-1].strip()}") from error
-    _check_finite(path, weights)
+    check_finite(path, weights)
 
 
-def _check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     if wrong := [name for name, value in tensors.items() if value.is_meta or not value.float().isfinite().all()]:
         raise CheckpointError(f"{path}: not all numbers of {_some(wrong)} are finite, as after a failed run; name another")
 

@@ -79,7 +79,7 @@ def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperat
 
 def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alpha: float = 10) -> Tensor:
     """`concentration` from each cluster's number of images and the sum of their distances, both (K,); float64."""
-    phi = spread / size.clamp(min=1) / torch.log(size + alpha)
+    phi = spread / size.clamp(min=1) / torch.log(size.double() + alpha)
     phi[size <= 1] = phi[size > 1].max() if (size > 1).any() else 1.0  # a lone image tells nothing of its cluster's spread
     # The published order: percentiles first, then the mean of the clipped values.
     low, high = np.percentile(phi.cpu().numpy(), [10, 90])
@@ -123,7 +123,7 @@ def kmeans(
         run = faiss.SuperKMeans(dim, num_cluster, settings)
         run.train(features)
     else:
-        run = faiss.Clustering(dim, num_cluster, settings)
+        run = faiss.Clustering(dim, num_cluster, settings)  # not spherical, as published
         run.train(features, index)
     stats = run.iteration_stats
     objective = stats.at(stats.size() - 1).obj if stats.size() else 0.0  # no iteration where K = N

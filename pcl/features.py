@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pcl import cli
 from pcl.augment import center_view, normalize
-from pcl.checkpoint import CheckpointError, load, load_backbone, trained_at, weights_of
+from pcl.checkpoint import CheckpointError, check_finite, load, load_backbone, trained_at, weights_of
 from pcl.distributed import available_cores, gather_interleaved, get_rank, get_world_size
 from pcl.errors import RunError
 from pcl.evaluation import check, claim, evaluate
@@ -50,7 +50,10 @@ def extract_features(
     own = len(range(get_rank(), num_images, get_world_size()))
     features = gather_interleaved(extract_share(network, loader, own, device), num_images)
     if not features.sum(dim=1).isfinite().all():
-        raise RunError("features of images are not finite numbers: the weights are those of a run that has failed, or damaged")
+        raise RunError(
+            "features of images are not finite numbers: the weights are damaged, or of a run that has failed; "
+            "name another checkpoint, or lower the --lr of this run"
+        )
     return features
 
 
@@ -64,7 +67,8 @@ def extract_share(
         batch = network(normalize(images.to(device, non_blocking=True)))  # (B, C)
         if done == 0:
             features = batch.new_empty(num_images, batch.shape[1], dtype=torch.float32)
-        features[done : done + len(batch)] = batch
+        place = features[done : done + len(batch)]
+        place.copy_(batch[: len(place)])  # of too many images the count tells, below
         done += len(batch)
     if done != num_images:
         raise ValueError(f"num_images: the loader has {done} images for this process, not {num_images}")
@@ -91,6 +95,7 @@ def load_momentum_encoder(path: str | Path, arch: str | None = None) -> tuple[nn
     except Exception as error:  # of many kinds
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path}: its momentum encoder does not fit {arch} ({reason}); leave out --momentum") from error
+    check_finite(path, weights)
     return network.eval(), arch
 
 

@@ -46,7 +46,7 @@ REMEDIES = {  # by the words of an error in loading, which may be a worker's
     ),
     "Too many open files|ancdata": f"too many open files: raise the limit (ulimit -n 4096), or use {FEWER}",
     "allocate memory|MemoryError": f"out of memory while loading: use {FEWER}",
-    "DataLoader worker .pid|^Connection|^EOFError": (
+    "DataLoader worker .pid|^Connection|^EOFError|Pin memory thread": (
         f"a loader process has ended, usually for lack of memory or of shared memory (docker run --shm-size=8g): use {FEWER}"
     ),
     "AF_UNIX path too long": "the path in TMPDIR is too long for sockets; set another, such as TMPDIR=/tmp",
@@ -83,11 +83,11 @@ class IndexedFolder(Dataset):
         skip: Collection[str] = (),
     ) -> None:
         self.root, self.transform, self.seed, self.read = Path(root), transform, seed, read
-        listing = images.list_folder(root)
+        listing = images.list_folder(self.root)
         flat = bool(listing.images)
         self.classes = [] if flat else [os.path.basename(folder) for folder in listing.folders]
         self.left_out = Counter() if flat else listing.others
-        found = [images.find_images(folder, self.left_out) for folder in ([root] if flat else listing.folders)]
+        found = [images.find_images(folder, self.left_out) for folder in ([self.root] if flat else listing.folders)]
         if not any(found):
             told = f"no image in {root}/<class>/; put JPEG, PNG or other images there"
             raise FileNotFoundError(told + images.tell_left_out(self.left_out))
@@ -115,7 +115,7 @@ class IndexedFolder(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        with random_numbers_of(self.seed, epoch, index):
+        with random_numbers_of(self.seed, epoch, int(index)):
             return self.transform(self.read(self.path(index))), index
 
     def path(self, index: int) -> str:
@@ -235,24 +235,22 @@ class _Loader(DataLoader):
     def _start(self) -> Iterator[Any]:
         earlier, handler = active_children(), signal.getsignal(signal.SIGCHLD)
         multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # import what is slow once, not in each worker
-        util.Finalize(None, _kill_workers, exitpriority=0)  # Python would end them by a signal at exit, and wait
         # gloo's threads are about to drop the tensors of the last collective, which takes a lock inside Python. Up to 3.11,
         # a worker that is forked in that moment waits for the lock for ever.
         time.sleep(LET_GO if dist.is_initialized() else 0)
         try:
             with shielded():
-                return super().__iter__()
+                try:
+                    return super().__iter__()
+                finally:
+                    started = set(active_children()) - set(earlier)
+                    self.workers += tuple(started)
+                    for worker in started:  # Python would end them by a signal at exit, and wait
+                        util.Finalize(None, worker.kill, exitpriority=0)
         finally:
-            self.workers += tuple(set(active_children()) - set(earlier))
             # torch's handler raises an error anywhere, even inside a save. The next batch raises it too.
             if signal.getsignal(signal.SIGCHLD) != handler:
                 signal.signal(signal.SIGCHLD, handler)
-
-
-def _kill_workers() -> None:
-    for process in active_children():
-        if process.daemon:
-            process.kill()
 
 
 def _start_worker(worker: int) -> None:

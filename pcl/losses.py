@@ -54,7 +54,7 @@ def sample_negatives(positive: Tensor, num_prototypes: int, r: int) -> Tensor:
 
 def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor | None]:
     """Up to r distinct ids and a mask of those that are not in `positive` (None: all); shapes do not depend on the batch."""
-    score = torch.rand(num_prototypes, device=positive.device)
+    score = torch.rand(num_prototypes, dtype=torch.float32, device=positive.device)
     score.index_fill_(0, positive, -1)
     best = score.topk(min(r, num_prototypes), sorted=False)  # a third of the time; nobody asks for their order
     enough = num_prototypes - len(positive) >= r

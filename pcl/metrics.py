@@ -50,7 +50,7 @@ def leave_one_out_accuracy(
         raise ValueError("features must hold finite numbers")
     order = np.random.default_rng(integer("seed", seed)).permutation(len(features))
     chosen = torch.from_numpy(order[: integer("most", most, 1)]).to(features.device)  # (Q,)
-    features = F.normalize(features.detach(), dim=1)
+    features = _unit(features)
     return _vote_accuracy([features, label, features[chosen], label[chosen]], k, temperature, chosen.cpu())
 
 
@@ -79,8 +79,13 @@ def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) 
     for name, place in (("known", 0), ("query", 2)):
         if not result[place].isfinite().all():
             raise ValueError(f"{name} must hold finite numbers")
-        result[place] = F.normalize(result[place].detach(), dim=1)
+        result[place] = _unit(result[place])
     return result
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of unit length; a zero stays. torch's own smallest length, 1e-12, is 0 in float16."""
+    return F.normalize(features.detach().float(), dim=1, eps=1e-19)
 
 
 def _vote_accuracy(labelled: list[Tensor], k: int, temperature: float, itself: Tensor | None = None) -> float:

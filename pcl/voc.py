@@ -54,9 +54,9 @@ class VOCSplit(Dataset):
         lists, images = folder / "ImageSets/Main", _images_by_name(folder / "JPEGImages")
         if not (names := _lines(lists / f"{split}.txt")):
             raise VOCError(f"{lists / split}.txt names no image")
-        # The training lists may lie in a folder of their own. "?*": a class may be called "train".
+        # The training lists may lie in a folder of their own. A class may be called "train"; hidden files are left out.
         training_lists = find_folder(Path(root), "trainval") / "ImageSets/Main"
-        classes = sorted(path.name.removesuffix("_trainval.txt") for path in training_lists.glob("?*_trainval.txt"))
+        classes = sorted(path.name.removesuffix("_trainval.txt") for path in training_lists.glob("[!.]*_trainval.txt"))
         if not classes:
             raise VOCError(f"{training_lists} holds no <class>_trainval.txt")
         found = [images.get(name, [name]) for name in names]

@@ -6,7 +6,19 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import ColorJitter, functional
 
-from pcl.augment import MEAN, PARAMETERS, STD, DeferredView, TwoViews, apply_deferred, center_view, normalize
+from pcl.augment import (
+    MEAN,
+    PARAMETERS,
+    STD,
+    Augmentation,
+    DeferredView,
+    TwoViews,
+    apply_deferred,
+    center_view,
+    normalize,
+    pixel_statistics,
+    random_view,
+)
 from pcl.images import read_image, read_tensor
 from pcl.loader import IndexedFolder, make_loader
 
@@ -186,3 +198,34 @@ def test_any_format_is_read_as_rgb(tmp_path, name):
 def test_color_jitter_still_draws_in_the_order_that_is_relied_upon():
     order, *factors = ColorJitter.get_params((2, 2), (3, 3), (4, 4), (0.5, 0.5))
     assert (sorted(order.tolist()), factors) == ([0, 1, 2, 3], [2, 3, 4, 0.5])
+
+
+@pytest.mark.parametrize("aug_plus", [False, True])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_augmentation_does_what_its_parts_do(image_folder, aug_plus, on_device):
+    path = IndexedFolder(image_folder / "train", np.asarray).path(0)
+    views, image = Augmentation(32, aug_plus, on_device), (read_tensor if on_device else read_image)(path)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        view, _ = views.two_views(views.read(path))
+        torch.manual_seed(seed)
+        if on_device:
+            crop, parameters = DeferredView(32, aug_plus)(image)
+            expected = apply_deferred(crop[None], parameters[None], aug_plus)
+            batch = tuple(part[None] for part in view)
+        else:
+            batch, expected = view[None], normalize(random_view(32, aug_plus)(image)[None])
+        assert torch.equal(views.apply(batch, torch.device("cpu")), expected)
+    assert torch.equal(views.center(image), center_view(32, tensors=on_device)(image))
+
+
+def test_the_default_dtype_of_a_first_call_does_not_last():
+    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    expected = normalize(image)
+    pixel_statistics.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        normalize(image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(normalize(image), expected)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ from pcl.distributed import get_rank
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, options, preflight
+from pcl.run.logs import write_result
 from pcl.run.options import learning_rate_factor
 from pcl.run.preflight import check_launch
 from pcl.run.rendezvous import Place, place_of
@@ -317,8 +319,19 @@ def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, capsy
     (tmp_path / "old.json").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "old.json")  # root may write everywhere
     with pytest.raises(SystemExit):
-        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json"))
+        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json", pretrained=None))
     assert capsys.readouterr().err.endswith(f"--output: no permission to write {tmp_path}/old.json; name another file\n")
+    (tmp_path / "link.json").symlink_to("old.json")
+    with pytest.raises(SystemExit):
+        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "link.json", pretrained=tmp_path / "old.json"))
+    assert capsys.readouterr().err.endswith(f"--output {tmp_path}/link.json is the checkpoint itself; name another file\n")
+
+
+def test_a_result_may_be_a_link_to_a_folder_that_is_to_be_made(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "result.json")
+    preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "link.json", pretrained=None))
+    write_result(tmp_path / "link.json", {}, accuracy=1)
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["accuracy"] == 1
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_concentration_matches_a_plain_loop():
     slow[slow < 0] = slow.max()
     slow = slow.clip(*np.percentile(slow, [10, 90]))
     ours = concentration(distance, im2cluster, 200, temperature=0.2)
-    np.testing.assert_allclose(ours, 0.2 * slow / slow.mean())
+    np.testing.assert_allclose(ours, 0.2 * slow / slow.mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -278,3 +278,9 @@ def test_a_clustering_is_saved_and_opened_safely(tmp_path):
     (opened,) = torch.load(tmp_path / "c.pth", weights_only=True)["clusterings"]
     for name in ("im2cluster", "prototypes", "concentration"):
         assert torch.equal(getattr(opened, name), getattr(found, name))
+
+
+def test_the_seed_of_a_granularity_is_its_position():
+    features = unit_rows(300, 8)
+    for position, found in enumerate(cluster_all(features, [20, 20], 0.2)):
+        assert torch.equal(found.prototypes, cluster(features, 20, 0.2, seed=position).prototypes)

@@ -29,6 +29,7 @@ from pcl.distributed import (
 )
 from pcl.errors import RunError
 from pcl.run import launch, preflight, rendezvous
+from pcl.run.logs import describe_machine
 
 
 def test_without_a_group_a_process_answers_for_itself():
@@ -173,6 +174,17 @@ def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, 
     args.nproc = None
     preflight.check_launch(cli.Parser(None), args)
     assert str(launch.device_of(3, args)) == "cuda:0"
+
+
+def test_gpus_that_torch_cannot_use_are_told_and_may_be_hidden(monkeypatch, capsys):
+    args = Namespace(
+        nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="nccl"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # by the driver; is_available() asks CUDA's runtime
+    with pytest.raises(SystemExit):
+        preflight.check_launch(cli.Parser(None), args)
+    assert "cannot use the 2 GPUs of this machine: install a newer driver" in capsys.readouterr().err
+    assert "no GPU" in describe_machine()
 
 
 def ask_the_group(device, args, plan):

@@ -128,7 +128,7 @@ def slow_choice(features, rows, costs):
 
 
 @pytest.mark.slow
-def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is_chosen(features):
+def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is_chosen(features, capsys):
     rows = np.append(np.arange(60), np.arange(20))  # images drawn twice must not stand on both sides of a fold
     unseen = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)
     choices = set()
@@ -140,6 +140,7 @@ def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is
     assert choices == {True, False}
     few = np.flatnonzero(features.train_labels.min(axis=1) == 1)[:2]
     assert choose_cost(features, [np.append(few, [3, 4, 5])], args_of("--cost", "3,4")) == 3  # two positives: the first
+    assert "note: too few images for cross-validation; the first of --cost, 3, is taken" in capsys.readouterr().out
     assert choose_cost(features, [rows], args_of("--cost", "7")) == 7
 
 

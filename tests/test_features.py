@@ -295,3 +295,8 @@ def test_a_checkpoint_without_momentum_encoder_is_one_line(two_encoders, six_cla
     torch.save({"arch": ARCH, "state_dict": state}, tmp_path / "lacking.pth")
     with pytest.raises(CheckpointError, match=r"conv1.0.weight.*leave out --momentum"):
         features.load_momentum_encoder(tmp_path / "lacking.pth")
+    state = model.state_dict()
+    state["encoder_k.conv1.0.weight"][0] = torch.nan
+    torch.save({"arch": ARCH, "state_dict": state}, tmp_path / "failed.pth")
+    with pytest.raises(CheckpointError, match=r"conv1.0.weight are finite"):
+        features.load_momentum_encoder(tmp_path / "failed.pth")

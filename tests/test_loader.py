@@ -1,9 +1,12 @@
 import contextlib
 import errno
 import gc
+import itertools
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -495,3 +498,58 @@ def test_an_image_named_like_a_fault_is_an_unreadable_image(tmp_path):
     (tmp_path / "shared memory.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match="cannot read the image"):
         list(make_loader(IndexedFolder(tmp_path, np.asarray), range(1), 1, workers=0))
+
+
+def test_an_epoch_s_order_depends_on_the_seed(image_folder):
+    folder = IndexedFolder(image_folder / "train", np.asarray)
+    assert list(EpochSampler(folder, seed=0)) == list(EpochSampler(folder, seed=0)) != list(EpochSampler(folder, seed=1))
+
+
+def test_random_numbers_of_neighbouring_keys_differ():
+    drawn = set()
+    for key in itertools.product(range(4), repeat=3):
+        with random_numbers_of(*key):
+            drawn.add(float(torch.rand((), dtype=torch.float64)))
+    assert len(drawn) == 4**3
+
+
+def test_a_subset_has_the_labels_of_its_images(image_folder):
+    whole = IndexedFolder(image_folder / "train", np.asarray)
+    part = whole.subset(np.array([12, 3, 24]))
+    assert part.labels.tolist() == whole.labels[[12, 3, 24]].tolist()
+    assert [part.path(i) for i in range(3)] == [whole.path(i) for i in (12, 3, 24)]
+
+
+def test_a_folder_is_the_same_by_any_name_and_an_index_may_be_a_tensor(image_folder, monkeypatch):
+    monkeypatch.chdir(image_folder)
+    plain, odd = (IndexedFolder(name, np.asarray) for name in ("train", "./train//"))
+    assert plain.fingerprint() == odd.fingerprint()
+    assert plain.layout_notes() == odd.layout_notes()
+    np.testing.assert_array_equal(plain[torch.tensor(3)][0], plain[3][0])
+
+
+FOREIGN = """
+import multiprocessing, signal, sys, time
+import numpy as np
+from pcl.loader import IndexedFolder, indices_of_rank, make_loader
+
+def wait(ready):
+    signal.signal(signal.SIGTERM, lambda *_: (print("goodbye", flush=True), sys.exit()))
+    ready.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    context.Process(target=wait, args=(ready,), daemon=True).start()
+    ready.wait()
+    folder = IndexedFolder(sys.argv[1], np.asarray)
+    next(iter(make_loader(folder, range(4), 2, 2)))
+"""
+
+
+def test_only_a_loader_s_own_workers_are_killed_at_exit(image_folder, tmp_path):
+    (tmp_path / "script.py").write_text(FOREIGN)
+    command = [sys.executable, str(tmp_path / "script.py"), str(image_folder / "train")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout == "goodbye\n"

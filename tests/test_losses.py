@@ -190,3 +190,13 @@ def test_numbers_that_cannot_be_right_are_named():
             instance_logits(q, q, unit(8, 5, dim=0), temperature)
     several = prototype_loss(q, index, (c for c in [clustering]), 100)[0]
     torch.testing.assert_close(several, prototype_loss(q, index, clustering, 100)[0])
+
+
+def test_negatives_are_drawn_evenly_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        drawn = torch.cat([sample_negatives(torch.tensor([0]), 100_000, 16) for _ in range(200)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    counts = torch.bincount(drawn // 10_000, minlength=10)
+    assert counts.max() < 2 * counts.min()

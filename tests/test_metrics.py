@@ -211,3 +211,16 @@ def test_neighbours_at_a_small_temperature_are_the_nearest_ones():
     assert leave_one_out_accuracy(known, label, 20, 1e-4) == leave_one_out_accuracy(known, label, 1)
     with pytest.raises(ValueError, match="features must hold finite numbers"):
         leave_one_out_accuracy(known / 0, label)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-14, torch.float32), (1e17, torch.float32), (1e4, torch.float16)])
+def test_the_length_of_features_does_not_matter(scale, dtype):
+    features, label = torch.randn(60, 50), torch.arange(60) % 3
+    features[:, :3] += 2 * torch.eye(3)[label]
+    features[0] = 0
+    scores = [
+        (knn_accuracy(x, label, x, label, k=5), leave_one_out_accuracy(x, label, k=5), one_shot_accuracy(x, label, x, label))
+        for x in (features.to(dtype), features.to(dtype) * scale)
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0][1] < 1

@@ -157,6 +157,21 @@ def fail_alone(device, args, plan):
     torch.distributed.all_reduce(torch.zeros(1))
 
 
+def hang_in_a_step(device, args, plan):
+    if get_rank() == 1:
+        time.sleep(60)
+    for _ in range(2):
+        launch.watch.stop_voted()
+
+
+@pytest.mark.dist
+def test_a_process_that_hangs_is_waited_for_no_longer_than_the_timeout(two_ranks, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "LEAVE", 4)
+    with pytest.raises(SystemExit):
+        two_ranks(hang_in_a_step, dist_timeout=5)
+    assert "another process did not answer, and the reason is unknown" in capfd.readouterr().err
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("worker", "silent", "reason"),

@@ -187,7 +187,7 @@ def _join_group(device: torch.device, args: Namespace, plan: Plan) -> int:
         timeout = timedelta(seconds=args.dist_timeout)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
         distributed.patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        watch.join(distributed.patient_group, (place.host, place.port), prefix, node=place.rank // place.local_world)
+        watch.join(dist.group.WORLD, (place.host, place.port), prefix, node=place.rank // place.local_world)
         dist.broadcast(seed, 0, group=distributed.patient_group)
     seed_everything(int(seed) + place.rank)  # a spawned process does not inherit its parent's seed
     return int(seed)

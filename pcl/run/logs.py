@@ -249,7 +249,7 @@ def write_result(path: Path | None, args: dict[str, Any], **results: Any) -> Non
     """Write an evaluation's settings, versions and results as JSON, from the main process; nothing without a path."""
     if path and is_main():
         settings = {name: str(value) for name, value in args.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "versions": versions(), **results}, indent=1) + "\n")
 
 
@@ -272,7 +272,7 @@ def versions() -> dict[str, str]:
 
 def describe_machine() -> str:
     """Processor, accelerators and the number of processes, in one line."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() * torch.cuda.is_available())]
     names = ", ".join(f"{gpus.count(g)} x {g}" for g in dict.fromkeys(gpus)) or "no GPU"
     where = f"{platform.system()} {platform.machine()}, {available_cores()} of {os.cpu_count()} CPU cores, {names}"
     return f"{where}; {get_world_size()} process{'es' * (get_world_size() > 1)}"

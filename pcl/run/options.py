@@ -154,7 +154,7 @@ def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> Namespac
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: Namespace, epoch: int, *first: float) -> float:
-    """Give each group of the optimizer the epoch's learning rate, return the last; `first`: each group's at epoch 0."""
+    """Give each group of the optimizer the rate of the whole epoch, as published; return the last. `first`: each at epoch 0."""
     factor = learning_rate_factor(args, epoch)
     for group, lr in zip(optimizer.param_groups, first or [args.lr], strict=True):
         group["lr"] = lr * factor

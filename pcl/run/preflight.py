@@ -76,6 +76,9 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
         place = place_of(args)
     gpus, nproc = torch.cuda.device_count(), place.local_world
     checks: tuple[tuple[Any, str], ...] = (
+        (gpus and not torch.cuda.is_available(),
+         f"torch {torch.__version__} cannot use the {gpus} GPUs of this machine: install a newer driver or an older torch, or "
+         "hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"),
         (args.gpu is not None and args.gpu >= gpus,
          f"--gpu {args.gpu}: this machine shows {gpus} GPUs; leave the option out to use what there is"),
         (args.gpu is not None and (args.nproc or 1) > 1,
@@ -115,12 +118,15 @@ def is_address(url: str) -> bool:
 
 def check_output(parser: Parser, args: Namespace) -> None:
     """Stop if the result could not be written after all the work."""
+    given = [args.pretrained, getattr(args, "resume", None)]
+    if args.output and args.output.resolve() in [Path(path).resolve() for path in given if path]:
+        parser.error(f"--output {args.output} is the checkpoint itself; name another file")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output and args.output.exists() and not os.access(args.output, os.W_OK):
         parser.error(f"--output: no permission to write {args.output}; name another file")
     if args.output:
-        check_folder(parser, "--output", args.output.parent)
+        check_folder(parser, "--output", args.output.resolve().parent)
 
 
 def check_folder(parser: Parser, option: str, folder: Path) -> None:

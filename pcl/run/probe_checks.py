@@ -89,7 +89,7 @@ def label_subset(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
 def names_in(path: Path) -> set[str]:
     """The names of images in a file of --subset, one in a line."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise RunError(f"--subset {path}: it cannot be read ({error.strerror})") from error
     return {line.strip() for line in lines} - {""}

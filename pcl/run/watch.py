@@ -60,7 +60,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def join(self, group: dist.ProcessGroup, address: tuple[str, int], prefix: str, node: int) -> None:
+    def join(self, group: dist.ProcessGroup | None, address: tuple[str, int], prefix: str, node: int) -> None:
         """Watch the other processes of a group (of gloo) too, by the store at an address, in keys that begin with `prefix`."""
         self._group, self._node, self._address, self._prefix = group, node, address, f"{prefix}/watch"
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -113,6 +113,8 @@ class Watch:
         """End a run that got a signal to stop and has saved."""
         if self._rank == 0:
             print("\nstopped and saved: go on with --resume auto", flush=True)
+        if self._group:
+            dist.destroy_process_group()  # NCCL complains of a group that is left; all leave at the same vote
         raise SystemExit(self._exit_code)
 
     @property
