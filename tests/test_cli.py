@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import time
@@ -20,7 +19,6 @@ from pcl.distributed import get_rank
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, options, preflight
-from pcl.run.logs import write_result
 from pcl.run.options import learning_rate_factor
 from pcl.run.preflight import check_launch
 from pcl.run.rendezvous import Place, place_of
@@ -327,11 +325,15 @@ def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, capsy
     assert capsys.readouterr().err.endswith(f"--output {tmp_path}/link.json is the checkpoint itself; name another file\n")
 
 
-def test_a_result_may_be_a_link_to_a_folder_that_is_to_be_made(tmp_path):
-    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "result.json")
-    preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "link.json", pretrained=None))
-    write_result(tmp_path / "link.json", {}, accuracy=1)
-    assert json.loads((tmp_path / "new" / "result.json").read_text())["accuracy"] == 1
+def test_a_result_that_a_broken_link_would_lose_is_told_before_the_work(tmp_path, capsys):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "result.json")
+    preflight.check_output(cli.Parser(""), Namespace(output=link, pretrained=None))
+    link.unlink()
+    link.symlink_to(tmp_path / "gone" / "result.json")
+    with pytest.raises(SystemExit):
+        preflight.check_output(cli.Parser(""), Namespace(output=link, pretrained=None))
+    assert capsys.readouterr().err.endswith(f"--output {link}: a broken link; name another file\n")
 
 
 @pytest.mark.parametrize(

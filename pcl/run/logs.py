@@ -249,7 +249,7 @@ def write_result(path: Path | None, args: dict[str, Any], **results: Any) -> Non
     """Write an evaluation's settings, versions and results as JSON, from the main process; nothing without a path."""
     if path and is_main():
         settings = {name: str(value) for name, value in args.items()}
-        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings, "versions": versions(), **results}, indent=1) + "\n")
 
 

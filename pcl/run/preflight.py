@@ -121,12 +121,14 @@ def check_output(parser: Parser, args: Namespace) -> None:
     given = [args.pretrained, getattr(args, "resume", None)]
     if args.output and args.output.resolve() in [Path(path).resolve() for path in given if path]:
         parser.error(f"--output {args.output} is the checkpoint itself; name another file")
+    if args.output and args.output.is_symlink() and not args.output.resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: a broken link; name another file")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output and args.output.exists() and not os.access(args.output, os.W_OK):
         parser.error(f"--output: no permission to write {args.output}; name another file")
     if args.output:
-        check_folder(parser, "--output", args.output.resolve().parent)
+        check_folder(parser, "--output", args.output.parent)
 
 
 def check_folder(parser: Parser, option: str, folder: Path) -> None:
