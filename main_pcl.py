@@ -79,7 +79,7 @@ def main() -> None:
     with parser.telling(2):
         plan = check(parser, args)
     if plan.epoch >= args.epochs:
-        log(f"nothing is left to do: {plan.resume} has all of its {args.epochs} epochs")
+        log(f"nothing is left to do: {plan.resume} has {plan.epoch} epochs, --epochs asks for {args.epochs}")
         return
     with parser.telling(1):
         launch.launch(train, args, plan)
@@ -158,8 +158,9 @@ def train(device: torch.device, args: Namespace, plan: Plan) -> None:
             progress.clusterings = e_step(model, center_loader, epoch, args, plan, record, watcher)
             save(wrapped, optimizer, progress, args, plan)
         elif epoch < args.warmup_epoch and progress.steps == 0 and watcher.is_due(epoch):
+            start = time.monotonic()
             features, seen = momentum_features(model, center_loader, epoch, args, plan, "monitor")
-            watcher.measure(epoch, model, features, seen, [])
+            watcher.measure(epoch, model, features, seen, [], start)
             monitor.save_e_step(args.exp_dir, epoch, features, seen, [], train_set)
         with launch.watch.finish_before_leaving():
             means = m_step(wrapped, train_loader, optimizer, progress, args, plan, record)

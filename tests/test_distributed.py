@@ -30,6 +30,8 @@ from pcl.distributed import (
 from pcl.errors import RunError
 from pcl.run import launch, preflight, rendezvous
 from pcl.run.logs import describe_machine
+from pcl.run.preflight import Plan
+from pcl.run.rendezvous import Place
 
 
 def test_without_a_group_a_process_answers_for_itself():
@@ -416,3 +418,16 @@ def test_nothing_is_unpickled_from_other_processes(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="allow_pickle"):
         distributed._sent_to_all((), 1)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "honored"), [(None, False), ("", False), ("0", False), ("x", False), ("4,2", True), ("2", True)]
+)
+def test_processes_share_the_cores_unless_a_number_of_threads_is_given(monkeypatch, given, honored):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_NUM_THREADS": given})
+    told, place = [], Place(0, 2, 0, 2, one_node=False)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(launch, "meet", lambda *_: 1 / 0)  # nobody is to come
+    with pytest.raises(ZeroDivisionError):
+        launch._join_group(torch.device("cpu"), Namespace(dist_timeout=1), Plan(place, seed=0, deterministic=True))
+    assert told == ([] if honored else [place.cores])

@@ -483,7 +483,7 @@ WRONG = {
     ),
     "one class": (keep_one, "{weights}", "train/ and val/ hold one class; folders of two or more are needed"),
     "other classes than the head's": (keep_five, "--resume {probe}", "was trained on other classes"),
-    "a finished probe": (None, "--resume {probe}", "has all of its 3 epochs; raise --epochs to go on"),
+    "a finished probe": (None, "--resume {probe}", "has 3 epochs; raise --epochs above that to go on"),
     "another architecture": (None, "--resume {probe} -a resnet18", "holds a shufflenet_v2_x0_5, not a resnet18"),
     "another backbone": (
         None,

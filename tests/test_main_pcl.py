@@ -571,7 +571,7 @@ WRONG = {
     "another run's folder": ("{images}", "--exp-dir {run} --resume {copy} --epochs 9", "holds a newer checkpoint"),
     "damaged checkpoints": ("{images}", "--exp-dir {damaged} --resume auto", "no checkpoint of {damaged} can be opened"),
     "another run": ("{images}", "--exp-dir {run}", "{run} holds another run"),
-    "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is a file; name a folder"),
+    "a file for a folder": ("{images}", "--exp-dir {checkpoint}", "is not a folder; name another"),
     "nodes without an address": ("{images}", "--world-size 2", "--dist-url tcp://HOST:PORT"),
     "node out of range": ("{images}", "--rank 1", "--rank 1: the nodes of --world-size 1 are 0 to 0"),
     "no such address": ("{images}", "--dist-url localhost:10001", "--dist-url localhost:10001: give tcp://"),

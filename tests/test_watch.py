@@ -20,7 +20,8 @@ from pcl import terminal
 from pcl.checkpoint import LAST, load
 from pcl.distributed import get_rank
 from pcl.errors import INTERRUPTED, PREEMPTED, RunError
-from pcl.run import launch, watch
+from pcl.run import launch, rendezvous, watch
+from pcl.run.rendezvous import Place
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults
@@ -196,6 +197,30 @@ def test_the_others_end_with_the_reason_of_the_first_failure(two_ranks, capfd, m
 def meeting(**options):
     usual = {"nproc": 1, "gpu": None, "world_size": 1, "rank": 0, "dist_backend": "nccl", "seed": 0, "deterministic": True}
     return Namespace(**usual | {"dist_timeout": 2} | options)
+
+
+def join_at(host, port, rank):
+    """A node of two, in a process of its own: its exit code and what it prints on stderr."""
+    place = f"Place({rank}, 2, 0, 1, host={host!r}, port={port})"
+    code = (
+        f"from pcl.run.rendezvous import Place, meet\nfrom pcl.cli import Parser\nwith Parser().telling(1): meet({place}, 2.0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_an_address_where_no_store_can_answer_is_one_line_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        code, err = join_at("127.0.0.1", mute.getsockname()[1], rank=1)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "what listens there did not answer within 2 s (--dist-timeout); check that it is node 0" in err
+    code, err = join_at("no-such-host.invalid", free_port(), rank=0)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "processes cannot meet there" in err
+    for host in ("a..b", "a" * 300):
+        with pytest.raises(RunError, match="did not answer within 1 s"):
+            rendezvous.meet(Place(1, 2, 0, 1, host=host, port=29555), 1.0)
 
 
 @pytest.mark.slow

@@ -173,7 +173,8 @@ def _join_group(device: torch.device, args: Namespace, plan: Plan) -> int:
     if on_gpu:
         torch.cuda.set_device(device)
     # torchrun sets one thread, in which k-means on the CPU takes as many times longer as there are cores for a process.
-    if place.local_world > 1 and ("OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+    given = re.match("[1-9]", os.environ.get("OMP_NUM_THREADS", ""))  # with anything else, each process takes all cores
+    if place.local_world > 1 and (not given or "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(place.cores)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = plan.deterministic, not plan.deterministic
     seed = torch.tensor(random.SystemRandom().randrange(2**31) if plan.seed is None else plan.seed)

@@ -45,15 +45,18 @@ class Monitor:
         """Whether to measure at this epoch of the warm-up, which needs a pass over the images for that alone."""
         return self.freq > 0 and epoch % self.freq == 0 and (self.label is not None or self.val_loader is not None)
 
-    def measure(self, epoch: int, model: MoCo, features: Tensor, seen: range, clusterings: Sequence[Clustering]) -> None:
+    def measure(
+        self, epoch: int, model: MoCo, features: Tensor, seen: range, clusterings: Sequence[Clustering], start: float = 0
+    ) -> None:
         """Log the results before `epoch`. Every rank must call it, with the model in eval mode.
 
         `features` (n, C) are the unit-length momentum features of the images `seen`: of all N, or with sharded k-means of this
         rank's, of which the main process's are looked at. `clusterings` are of all images; there are none in warm-up.
+        `start` is when a pass over the images for this alone began (`time.monotonic`).
         """
         if self.freq == 0:
             return
-        start = time.monotonic()
+        start = start or time.monotonic()
         jobs: dict[str, Callable[[], dict[str, float]]] = {}
         if self.label is not None:
             label = self.label[seen.start : seen.stop : seen.step][:KNN_POOL]

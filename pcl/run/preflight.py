@@ -137,7 +137,7 @@ def check_folder(parser: Parser, option: str, folder: Path) -> None:
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        parser.error(f"{option}: {place} is a file; name a folder")
+        parser.error(f"{option}: {place} is not a folder; name another")
     if not os.access(place, os.W_OK | os.X_OK):
         parser.error(f"{option}: no permission to write into {place}; name another folder")
 
@@ -198,7 +198,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
     if state:
         plan = replace(plan, epoch=state["epoch"])
         if plan.epoch >= args.epochs and args.resume != "auto":
-            parser.error(f"--resume: {resume} has all of its {plan.epoch} epochs; raise --epochs to go on")
+            parser.error(f"--resume: {resume} has {plan.epoch} epochs; raise --epochs above that to go on")
         if args.seed is None:
             plan = replace(plan, seed=state["seed"], deterministic=state["deterministic"])
     elif plan.epoch >= args.epochs:

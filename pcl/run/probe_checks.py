@@ -50,7 +50,7 @@ def check(parser: Parser, args: Namespace) -> Plan:
         raise RunError("--evaluate: name the finished probe with --resume")
     if states:
         if plan.epoch >= args.epochs and not (args.evaluate or args.resume == "auto"):
-            raise RunError(f"--resume: {args.resume} has all of its {plan.epoch} epochs; raise --epochs to go on")
+            raise RunError(f"--resume: {args.resume} has {plan.epoch} epochs; raise --epochs above that to go on")
         if args.seed is None:
             plan = replace(plan, seed=states[0]["seed"], deterministic=states[0]["deterministic"])
     elif plan.epoch >= args.epochs:

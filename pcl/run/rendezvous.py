@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from pcl.distributed import available_cores
 from pcl.errors import RunError, reason_of
+from pcl.terminal import leave_now, warn
 
 # The variables in which a launcher tells each process: rank, W, rank on its node, processes of its node.
 LAUNCHERS = (
@@ -134,6 +136,7 @@ def _hosts(nodes: str) -> list[str]:
 def serve(host: str, port: int, seconds: float) -> dist.TCPStore:
     """Start a store in this process; on all interfaces, unless the host is this machine alone."""
     listener = None
+    socket.getaddrinfo(host, port)  # torch tries a name that is wrong for twice the timeout, and prints pages
     if host in (LOOPBACK, "localhost"):
         server = socket.create_server((LOOPBACK, port))
         port = server.getsockname()[1]
@@ -147,6 +150,11 @@ def serve(host: str, port: int, seconds: float) -> dist.TCPStore:
         host, port, is_master=True, timeout=timedelta(seconds=seconds), wait_for_workers=False,
         master_listen_fd=listener, use_libuv=listener is None,  # torch 2.7's libuv takes no listener
     )  # fmt: skip
+
+
+def _give_up(told: str) -> None:
+    warn(told)
+    leave_now(1)
 
 
 def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) -> tuple[dist.Store, str]:
@@ -163,7 +171,12 @@ def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) ->
         else:
             _wait_for_server(place.host, place.port, end)  # torch's own waiting fills pages with warnings
             left = timedelta(seconds=max(1.0, end - time.monotonic()))
+            mute = f"error: {where}: what listens there did not answer {within}; check that it is node 0"
+            alarm = threading.Timer(left.total_seconds(), _give_up, [mute])  # torch would wait for ever
+            alarm.daemon = True
+            alarm.start()
             store = dist.TCPStore(place.host, place.port, is_master=False, timeout=left, wait_for_workers=False)
+            alarm.cancel()
         # The store of torchrun's agent still holds the words of the processes of an earlier attempt.
         prefix = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         words, plan = dist.PrefixStore(prefix, store), f"{place.world} processes, {place.local_world} on each node"
@@ -192,7 +205,7 @@ def meet(place: Place, seconds: float, options: dict[str, Any] | None = None) ->
             if time.monotonic() > end:
                 raise TimeoutError("timed out")
             time.sleep(0.05)
-    except (OSError, dist.DistError) as error:
+    except (OSError, UnicodeError, dist.DistError) as error:  # UnicodeError: no host can have such a name
         if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise RunError(f"{where}: the port is in use; name another one") from None
         reason = reason_of(error).splitlines()[0]
