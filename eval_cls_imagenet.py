@@ -66,7 +66,6 @@ def get_parser() -> cli.Parser:
                           help="train the backbone too; the defaults become --epochs 20 --schedule 12 16 --gamma 0.2 --wd 5e-4 "
                           "--lr-backbone 0.01, and --lr 1 with at most 1 %% of the labels, else 0.1")
     finetune.add_argument("--lr-backbone", type=cli.positive_float, metavar="LR", help="initial learning rate of the backbone")
-    options.add_output(parser)
     # fmt: on
     return parser
 

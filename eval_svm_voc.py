@@ -57,7 +57,6 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
     parser.add_argument("--num-workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
-    options.add_output(parser)
     # fmt: on
     return parser
 

@@ -158,10 +158,7 @@ def train(device: torch.device, args: Namespace, plan: Plan) -> None:
             progress.clusterings = e_step(model, center_loader, epoch, args, plan, record, watcher)
             save(wrapped, optimizer, progress, args, plan)
         elif epoch < args.warmup_epoch and progress.steps == 0 and watcher.is_due(epoch):
-            start = time.monotonic()
-            features, seen = momentum_features(model, center_loader, epoch, args, plan, "monitor")
-            watcher.measure(epoch, model, features, seen, [], start)
-            monitor.save_e_step(args.exp_dir, epoch, features, seen, [], train_set)
+            measure(model, center_loader, epoch, args, plan, watcher)
         with launch.watch.finish_before_leaving():
             means = m_step(wrapped, train_loader, optimizer, progress, args, plan, record)
             progress = progress.next(args)
@@ -197,6 +194,14 @@ def e_step(
     watcher.measure(epoch, model, features, seen, clusterings)
     monitor.save_e_step(args.exp_dir, epoch, features, seen, clusterings, loader.dataset)
     return clusterings
+
+
+def measure(model: MoCo, loader: DataLoader, epoch: int, args: Namespace, plan: Plan, watcher: monitor.Monitor) -> None:
+    """Measure whether it learns during warm-up, where there are no clusters yet."""
+    start = time.monotonic()
+    features, seen = momentum_features(model, loader, epoch, args, plan, "monitor")
+    watcher.measure(epoch, model, features, seen, [], start)
+    monitor.save_e_step(args.exp_dir, epoch, features, seen, [], loader.dataset)
 
 
 def momentum_features(

@@ -95,7 +95,7 @@ def exchange(rows: Tensor, order: Tensor) -> Tensor:
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU to a device; the host does not wait for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def talking_device() -> str:

@@ -210,12 +210,13 @@ def _images_by_name(folder: Path) -> dict[str, list[str]]:
 
 def _labels(path: Path, paths: list[str], images: dict[str, list[str]]) -> np.ndarray:
     """The labels (N,) int8 of the images at these N paths."""
-    labels = {}
+    labels: dict[str, int] = {}
     for number, line in enumerate(_lines(path), start=1):
         name, *label = line.rsplit(maxsplit=1)
         if label not in (["-1"], ["0"], ["1"]):
             raise VOCError(f"{path}, line {number}: {line!r} is not a name and 1, -1 or 0")
-        labels[images.get(name, [name])[0]] = int(label[0])
+        if labels.setdefault(images.get(name, [name])[0], int(label[0])) != int(label[0]):
+            raise VOCError(f"{path}, line {number}: {name} has two labels")
     if without := [image for image in paths if image not in labels]:
         raise VOCError(f"{path} lacks {len(without)} of the {len(paths)} images, the first {Path(without[0]).stem}")
     return np.array([labels[image] for image in paths], dtype=np.int8)

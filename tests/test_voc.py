@@ -72,6 +72,10 @@ WRONG = {
         lambda root: relabel(lists(root) / "dog_trainval.txt", 2),
         r"dog_trainval\.txt, line \d+: '.* 2' is not a name and 1, -1 or 0",
     ),
+    "two labels": (
+        lambda root: relabel(lists(root) / "dog_trainval.txt", "-1\n000001 0\n000001 1"),
+        r"dog_trainval\.txt, line \d+: 000001 has two labels",
+    ),
     "a label is missing": (lambda root: relabel(lists(root) / "dog_trainval.txt", ""), r"dog_trainval\.txt, line"),
     "a split is empty": (lambda root: cut(lists(root) / "trainval.txt", 0), r"trainval\.txt names no image"),
     "an image twice": (

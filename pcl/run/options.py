@@ -110,7 +110,8 @@ def add_pretraining(parser: Parser) -> None:
 
 
 def add_backbone(parser: Parser) -> None:
-    """The options that name the frozen network that a script evaluates."""
+    """The options that name the frozen network that a script evaluates, and the file of its results (`logs.write_result`)."""
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results")
     group = parser.add_argument_group("backbone")
     group.add_argument("--pretrained", type=cli.reachable, metavar="FILE",
                        help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
@@ -122,11 +123,6 @@ def add_backbone(parser: Parser) -> None:
                        help="with --random-init, the stem of main_pcl.py --small-stem; a checkpoint's own is recognized")
     group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
                        help="side of the center crop, from images scaled to 8/7 of it")
-
-
-def add_output(parser: Parser) -> None:
-    """Where an evaluation keeps its result (`pcl.run.logs.write_result`)."""
-    parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results")
 # fmt: on
 
 
