@@ -21,7 +21,7 @@ def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resnet8._api, "BUILTIN_MODELS", {**resnet8._api.BUILTIN_MODELS})
-    monkeypatch.setattr(demo.subprocess, "Popen", in_this_process)
+    monkeypatch.setattr(demo, "subprocess", Namespace(**vars(subprocess) | {"Popen": in_this_process}))  # of the demo alone
     monkeypatch.setattr(demo, "write_voc", lambda data, root, cell: write_voc_shaped(root))  # not 1,500 collages
     options = ["-b", "8", "--pcl-r", "20", "--num-cluster", "3,5", "--warmup-epoch", "1", "-j", "0", "--monitor-freq", "0"]
     arguments = ["--data", str(six_classes), "--out", str(tmp_path), "--epochs", "2", *options]
