@@ -55,7 +55,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
             figure.savefig(path, dpi=DPI)
             written.append(path)
 
-    with plots.matplotlib.rc_context(plots.matplotlib.rcParamsDefault):  # without the user's settings
+    with plots.default_style():
         arguments: dict[str, Any] = {}
         if (source := exp_dir / "log.jsonl").exists():
             with using(source):

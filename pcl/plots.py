@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ except (OSError, ValueError):  # a notebook's MPLBACKEND or a broken matplotlibr
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
     here = os.getcwd()
     os.chdir("/")  # matplotlib reads the current folder's matplotlibrc first
-    import matplotlib  # noqa: F401 - pcl.figures takes it from here
+    import matplotlib
 
     os.chdir(here)
 from matplotlib.axes import Axes
@@ -31,6 +32,11 @@ LINES: list[dict[str, Any]] = [{"color": COLORS[i % 10], "marker": MARKERS[i % 1
 GRAY = "#D0D0D0"  # of the background
 
 Epochs = dict[int, dict[str, float]]  # the metrics of each epoch
+
+
+def default_style() -> AbstractContextManager[None]:
+    """A context in which matplotlib ignores the user's settings."""
+    return matplotlib.rc_context(matplotlib.rcParamsDefault)
 
 
 def finish(axes: Axes, legend: dict[str, Any] | None = None, **labels: Any) -> None:
