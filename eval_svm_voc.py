@@ -205,12 +205,13 @@ def choose_cost(features: Features, draws: list[np.ndarray], args: Namespace) ->
 
     Draws with fewer than a positive image for each fold cannot tell: then the first of --cost.
     """
+    if len(args.cost) == 1:
+        return args.cost[0]
     distinct = [np.unique(rows) for rows in draws]  # an image drawn twice would stand on both sides of a fold
     shown = [(features.train_labels[rows] > 0).sum(axis=0) for rows in distinct]
     fewest = min(min(count.min(), (len(rows) - count).min()) for rows, count in zip(distinct, shown, strict=True))
-    if len(args.cost) > 1 and fewest < svm.FOLDS:
+    if fewest < svm.FOLDS:
         log(f"note: too few images for cross-validation; the first of --cost, {args.cost[0]:g}, is taken")
-    if len(args.cost) == 1 or fewest < svm.FOLDS:
         return args.cost[0]
     quality = {}
     for cost in args.cost:

@@ -24,9 +24,9 @@ def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) ->
     The small stem is for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
     convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2).
     """
-    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     if small_stem and not takes_small_stem(arch):
         raise ValueError(NO_SMALL_STEM.format(arch))
+    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     if small_stem:
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's

@@ -379,6 +379,8 @@ def test_the_small_stem_goes_with_a_convolution_and_a_max_pool_alone():
             network = torchvision.models.get_model(name)
         conv1, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
         assert takes_small_stem(name) == (isinstance(conv1, torch.nn.Conv2d) and isinstance(pool, torch.nn.MaxPool2d)), name
+    with pytest.raises(ValueError, match="regnet_y_400mf does not begin with a convolution and a max-pool"):
+        new_network("regnet_y_400mf", small_stem=True)
 
 
 def test_the_small_stem_halves_nothing_and_begins_like_torchvision_s():

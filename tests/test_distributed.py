@@ -142,6 +142,12 @@ def processes_of(args):
     return place.local_world, place.world
 
 
+def to_check(**options):
+    """What `check_launch` reads."""
+    usual = {"gpu": None, "world_size": 1, "rank": 0, "dist_url": None, "seed": None, "batch_size": 12, "workers": 0}
+    return Namespace(**usual | {"dist_backend": "nccl"} | options)
+
+
 def test_numbers_of_processes(monkeypatch):
     args = Namespace(nproc=3, gpu=None, world_size=2, rank=0, dist_url=None)
     assert processes_of(args) == (3, 6)
@@ -151,9 +157,7 @@ def test_numbers_of_processes(monkeypatch):
 
 def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch):
     place_in(monkeypatch, SRUN | {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0})
-    args = Namespace(
-        nproc=4, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="nccl"
-    )
+    args = to_check(nproc=4)
     place = preflight.check_launch(cli.Parser(None), args).place
     assert (place.world, place.rank, place.host, place.port) == (8, 4, "n09", 10123)
     assert processes_of(args) == (4, 8)
@@ -162,9 +166,7 @@ def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch
 def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = Namespace(
-        nproc=3, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="gloo"
-    )
+    args = to_check(nproc=3, dist_backend="gloo")
     preflight.check_launch(cli.Parser(None), args)
     assert [str(launch.device_of(local_rank, args)) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     args.dist_backend = "nccl"
@@ -179,9 +181,7 @@ def test_processes_may_share_gpus_by_gloo_or_have_one_of_their_own(monkeypatch, 
 
 
 def test_gpus_that_torch_cannot_use_are_told_and_may_be_hidden(monkeypatch, capsys):
-    args = Namespace(
-        nproc=None, gpu=None, world_size=1, rank=0, dist_url=None, seed=None, batch_size=12, workers=0, dist_backend="nccl"
-    )
+    args = to_check(nproc=None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # by the driver; is_available() asks CUDA's runtime
     with pytest.raises(SystemExit):
         preflight.check_launch(cli.Parser(None), args)

@@ -266,8 +266,9 @@ def test_data_that_cannot_work_are_one_line(pretrained, six_classes, tmp_path, c
 
 def test_a_loader_of_other_images_is_told():
     batches = [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2))]
-    with pytest.raises(ValueError, match="num_images: the loader has 2 images for this process, not 3"):
-        features.extract_features(torch.nn.Flatten(), batches, 3, torch.device("cpu"))
+    for number in (1, 3):
+        with pytest.raises(ValueError, match=f"num_images: the loader has 2 images for this process, not {number}"):
+            features.extract_features(torch.nn.Flatten(), batches, number, torch.device("cpu"))
 
 
 def test_every_rank_needs_an_image(monkeypatch):

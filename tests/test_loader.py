@@ -485,6 +485,15 @@ def test_what_a_worker_runs_out_of_is_one_line_with_its_remedy(how, told):
         list(make_loader(Fails(how), range(2), 1, workers=1))
 
 
+def test_the_end_of_the_thread_that_pins_batches_is_one_line_with_its_remedy(monkeypatch):
+    def end(self):
+        raise RuntimeError("Pin memory thread exited unexpectedly")  # torch's words; its thread tells the cause
+
+    monkeypatch.setattr(loader.DataLoader, "__iter__", end)
+    with pytest.raises(RunError, match="a loader process has ended, usually for lack of memory"):
+        list(make_loader(range(2), range(2), 1, workers=0))
+
+
 def test_a_worker_that_dies_is_not_told_in_the_middle_of_other_things(tmp_path):
     folder = make_loader(Fails(lambda: time.sleep(60)), range(2), 1, workers=1)
     next(iter(folder))
