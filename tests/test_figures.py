@@ -64,6 +64,7 @@ def test_of_accuracies_the_curves_are_drawn(tmp_path, capsys):
     shots = {str(k): {"mean": k / 100, "std": 0.01} for k in (1, 2, 4)}
     (tmp_path / "few.json").write_text(json.dumps(made | {"low_shot": shots}))
     (tmp_path / "all.json").write_text(json.dumps(made | {"full": {"accuracy": 0.7, "ap": {"accuracy": 0.7}}}))
+    (tmp_path / "._few.json").write_bytes(b"\0\5\x16\7")  # macOS leaves one beside each file on a foreign disk
     run_script(figures, tmp_path, "--results", tmp_path / "all.json")
     told = f"left out: {tmp_path}/all.json: it holds neither average precisions nor low-shot scores"
     assert capsys.readouterr().out == f"{told}\n{tmp_path}/figures/low_shot.png\n"
