@@ -111,15 +111,45 @@ def test_difficult_images_count_as_negative_or_not_at_all(features):
         assert left_out[name] == average_precision(truth[truth != 0], scores[truth != 0])
 
 
+def test_what_is_reported_is_of_the_cost_that_all_draws_chose(features, monkeypatch, capsys):
+    args, asked = args_of("--cost", "0.0001,5"), []
+    monkeypatch.setattr(eval_svm_voc, "choose_cost", lambda _, draws, args: asked.append(len(draws)) or args.cost[1])
+    full, low = eval_svm_voc.full(features, args), eval_svm_voc.low_shot(features, args)
+    assert asked == [1, *[eval_svm_voc.DRAWS] * 5]
+    printed = capsys.readouterr().out
+    for result in (full, *low.values()):
+        assert result["cost"] == 5
+        chosen, other = result["by_cost"]["5.0"], result["by_cost"]["0.0001"]
+        assert chosen != other
+        assert all(result[name] == chosen[name] for name in result.keys() & {"map", "ap", "mean", "std"})
+    for label, ap in full["ap"].items():
+        assert f"  {label:20s} AP {100 * ap:5.1f}\n" in printed
+    for cost, told in (("0.0001", ""), ("5.0", " (chosen)")):
+        assert f"cost {float(cost):g}{told}: mAP {100 * full['by_cost'][cost]['map']:.1f}\n" in printed
+
+
+def test_random_weights_are_those_of_the_seed(voc_root):
+    parser = eval_svm_voc.get_parser()
+
+    def weights(seed):
+        words = [str(voc_root), "--random-init", "-a", ARCH, "--image-size", "32", "--seed", seed]
+        network, *_ = eval_svm_voc.open_all(parser, parser.parse_args(words))
+        return torch.cat([value.flatten() for value in network.parameters()])
+
+    first = weights("1")
+    assert torch.equal(first, weights("1"))
+    assert not torch.equal(first, weights("2"))
+
+
 def slow_choice(features, rows, costs):
-    """Mean average precision over classes and three folds of the distinct training images, written out."""
+    """Mean average precision over classes and three folds of the distinct training images, written out, with seed 3."""
     rows, quality = np.unique(rows), []
     for cost in costs:
         aps = []
         for label in (0, 1):
             y = np.where(features.train_labels[rows, label] > 0, 1, -1)
-            for fit, held in StratifiedKFold(3, shuffle=True, random_state=0).split(rows, y):
-                svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=0)
+            for fit, held in StratifiedKFold(3, shuffle=True, random_state=3).split(rows, y):
+                svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=3)
                 svm.fit(features.train[rows[fit]], y[fit])
                 aps.append(average_precision(y[held], svm.decision_function(features.train[rows[held]])))
         quality.append(np.mean(aps))
@@ -133,14 +163,18 @@ def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is
     unseen = Features(features.train, features.train_labels, features.test * np.nan, features.test_labels, features.classes)
     choices = set()
     for costs in ("0.0001,0.05,100", "100,0.05,0.0001", "0.05,0.5"):
-        args = args_of("--cost", costs)
+        args = args_of("--cost", costs, "--seed", "3")
         choice = choose_cost(unseen, [rows], args)
         assert choice == slow_choice(features, rows, args.cost)
         choices.add(choice != args.cost[0])
     assert choices == {True, False}
-    few = np.flatnonzero(features.train_labels.min(axis=1) == 1)[:2]
-    assert choose_cost(features, [np.append(few, [3, 4, 5])], args_of("--cost", "3,4")) == 3  # two positives: the first
-    assert "note: too few images for cross-validation; the first of --cost, 3, is taken" in capsys.readouterr().out
+    note = "note: too few images for cross-validation; the first of --cost, 3, is taken"
+    shown, not_shown = (np.flatnonzero((features.train_labels == value).all(axis=1)) for value in (1, -1))
+    for positive, negative in ((2, 4), (4, 2), (3, 3)):
+        few = np.append(shown[:positive], not_shown[:negative])
+        choice = choose_cost(features, [few], args_of("--cost", "3,4"))
+        assert (note in capsys.readouterr().out) == (positive != negative)
+        assert choice == 3 or positive == negative
     assert choose_cost(features, [rows], args_of("--cost", "7")) == 7
 
 
@@ -216,6 +250,7 @@ def test_what_is_wrong_is_one_line(options, spoil, message, voc_root, pretrained
 def test_the_defaults_are_the_published_ones():
     args = args_of()
     assert (args.cost, args.seed, args.batch_size, args.num_workers, args.low_shot) == ([0.5], 0, 128, 8, False)
+    assert (eval_svm_voc.SHOTS, eval_svm_voc.DRAWS) == ((1, 2, 4, 8, 16), 5)
 
 
 @pytest.mark.slow

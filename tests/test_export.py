@@ -2,6 +2,7 @@ import json
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -76,12 +77,15 @@ def test_a_folder_says_what_it_holds(checkpoint, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["architecture"], config["num_classes"], config["num_features"]) == (ARCH, 0, 512)
-    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+    found = [config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "interpolation")]
+    assert found == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 224 / 256, "bilinear"]
 
 
 def test_a_pickle_has_detectron2_s_names(checkpoint, tmp_path):
     path, weights = checkpoint
-    export.export(path, tmp_path / "b.pkl")
+    told = export.export(path, tmp_path / "b.pkl")[-1]
+    pixels = [[float(number) / 255 for number in numbers.split(",")] for numbers in re.findall(r"\[(.+?)\]", told)]
+    np.testing.assert_allclose(pixels, [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     content = pickle.loads((tmp_path / "b.pkl").read_bytes())
     assert content["matching_heuristics"] is True
     found = content["model"]

@@ -7,7 +7,26 @@ from conftest import write_voc_shaped
 from PIL import Image
 
 from pcl import samples
+from pcl.loader import IndexedFolder
 from pcl.voc import VOCSplit
+
+
+def assert_shows_what_its_labels_say(collages, images):
+    """Look at each place of some collages for the image that it shows, at full size or at half."""
+    pixels = {}
+    for side in (28, 14):
+        pixels[side] = np.stack([np.float32(images[i][0].resize((side, side))) for i in range(len(images))])
+    for number in range(20):
+        collage, shown = np.float32(collages[number][0]), {}
+        for place in (collage[y : y + 28, x : x + 28] for y in (0, 28) for x in (0, 28)):
+            if place.mean() < 2:  # black
+                continue
+            side = 14 if place[15:, 15:].mean() < 2 else 28
+            distance = np.abs(pixels[side] - place[:side, :side]).mean(axis=(1, 2, 3))
+            assert distance.min() < 3  # JPEG; other images are at 6 or more
+            label = images.labels[distance.argmin()]
+            shown[label] = max(shown.get(label, 0), int(side == 28))
+        assert shown == {label: value for label, value in enumerate(collages.labels[number]) if value >= 0}
 
 
 @pytest.mark.slow
@@ -34,6 +53,8 @@ def test_the_images_are_written_as_a_balanced_folder_and_as_collages(tmp_path, m
         assert shown.max() == 4
         assert {collages[i][0].shape for i in range(5)} == {(56, 56, 3)}
     assert not set(train.names) & set(test.names)
+    for collages, part in ((train, "train"), (test, "val")):
+        assert_shows_what_its_labels_say(collages, IndexedFolder(root / part, lambda image: image.resize((28, 28))))
 
 
 def a_file(root):
