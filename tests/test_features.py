@@ -134,16 +134,17 @@ def test_logistic_regression_is_scikit_learns_and_chooses_without_val(whole):
     assert changed["accuracy"] != found["accuracy"]
 
 
-def test_the_strength_is_the_best_in_cross_validation():
+@pytest.mark.parametrize(("fewest", "folds"), [(20, 5), (3, 3)])
+def test_the_strength_is_the_best_in_cross_validation(fewest, folds):
     generator = np.random.default_rng(0)
-    label = np.arange(60) % 3
-    rows = (generator.normal(size=(60, 20)) + label[:, None] * (np.arange(20) < 2)).astype(np.float32)
+    label = np.append(np.arange(3 * fewest) % 3, np.arange(40 - 2 * fewest) % 2)
+    rows = (generator.normal(size=(len(label), 20)) + label[:, None] * (np.arange(20) < 2)).astype(np.float32)
     tensors = {"train": torch.from_numpy(rows), "val": torch.from_numpy(rows)}
     found = evaluation.logistic_regression(tensors, dict.fromkeys(("train", "val"), torch.from_numpy(label)))
     quality = {}
     for strength in evaluation.STRENGTHS:
         scores = []
-        for known, held_out in StratifiedKFold(5, shuffle=True, random_state=0).split(rows, label):
+        for known, held_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(rows, label):
             mean, std = rows[known].mean(axis=0), rows[known].std(axis=0)
             fit = LogisticRegression(C=strength, max_iter=1000).fit((rows[known] - mean) / std, label[known])
             scores.append((fit.predict((rows[held_out] - mean) / std) == label[held_out]).mean())
@@ -243,6 +244,7 @@ def test_data_that_cannot_work_are_one_line(pretrained, six_classes, tmp_path, c
     def told(data, *words):
         return error_of(capsys, pretrained, data, "--out", tmp_path / "out", *words, *SMALL)
 
+    evaluation.check({"train": IndexedFolder(six_classes / "train", None)}, [37], logistic=False)  # a cluster for each can
     assert "no such folder" in told(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "no image in" in told(tmp_path / "empty")

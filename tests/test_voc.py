@@ -268,15 +268,15 @@ def test_what_is_no_archive_is_named(tmp_path, content):
 
 
 class Archives(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; goes on where asked to; breaks off after `limit` bytes."""
+    """Serves `files`; goes on where asked to, if it `can_go_on`; breaks off after `limit` bytes."""
 
     files: ClassVar[dict[str, bytes]] = {}
-    limit = 10**9
+    limit, can_go_on = 10**9, True
     sent: ClassVar[list[tuple[str, int]]] = []  # name and first byte of each request
 
     def do_GET(self):
         content, start = self.files[self.path], 0
-        if "Range" in self.headers:
+        if "Range" in self.headers and self.can_go_on:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         if start >= len(content):
             return self.send_error(416)
@@ -309,8 +309,10 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-def test_a_broken_download_goes_on_where_it_broke(tmp_path, server, monkeypatch):
+@pytest.mark.parametrize("can_go_on", [True, False])
+def test_a_broken_download_goes_on_where_it_broke_if_the_server_can(can_go_on, tmp_path, server, monkeypatch):
     root = tmp_path / "new"
+    monkeypatch.setattr(server, "can_go_on", can_go_on)
     with monkeypatch.context() as patch:
         patch.setattr(server, "limit", 1000)
         with pytest.raises(VOCError, match="the connection broke; the same command continues from here"):
@@ -318,7 +320,7 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, server, monkeypatch)
     assert not (root / "VOCdevkit").exists()
     voc.download(root)
     voc.download(root)
-    assert server.sent == [("/2007.tar", 0), ("/2007.tar", 1000), ("/2007-test.tar", 0)]
+    assert server.sent == [("/2007.tar", 0), ("/2007.tar", 1000 * can_go_on), ("/2007-test.tar", 0)]
     for name in ("2007", "2007-test"):
         assert (root / "VOCdevkit" / f"{name}.txt").read_text() == name * 5000
 
