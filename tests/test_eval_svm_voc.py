@@ -141,18 +141,19 @@ def test_random_weights_are_those_of_the_seed(voc_root):
     assert not torch.equal(first, weights("2"))
 
 
+def slow_folds(features, rows, label, cost):
+    """Average precision of a class in each of three folds of training images, written out, with seed 3."""
+    y, aps = np.where(features.train_labels[rows, label] > 0, 1, -1), []
+    for fit, held in StratifiedKFold(3, shuffle=True, random_state=3).split(rows, y):
+        svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=3)
+        svm.fit(features.train[rows[fit]], y[fit])
+        aps.append(average_precision(y[held], svm.decision_function(features.train[rows[held]])))
+    return aps
+
+
 def slow_choice(features, rows, costs):
-    """Mean average precision over classes and three folds of the distinct training images, written out, with seed 3."""
-    rows, quality = np.unique(rows), []
-    for cost in costs:
-        aps = []
-        for label in (0, 1):
-            y = np.where(features.train_labels[rows, label] > 0, 1, -1)
-            for fit, held in StratifiedKFold(3, shuffle=True, random_state=3).split(rows, y):
-                svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=3)
-                svm.fit(features.train[rows[fit]], y[fit])
-                aps.append(average_precision(y[held], svm.decision_function(features.train[rows[held]])))
-        quality.append(np.mean(aps))
+    """By mean average precision over classes and folds of the distinct images."""
+    quality = [np.mean([slow_folds(features, np.unique(rows), label, cost) for label in (0, 1)]) for cost in costs]
     assert len(set(quality)) == len(costs)
     return costs[int(np.argmax(quality))]
 
@@ -168,6 +169,9 @@ def test_of_several_costs_the_best_in_cross_validation_on_the_training_images_is
         assert choice == slow_choice(features, rows, args.cost)
         choices.add(choice != args.cost[0])
     assert choices == {True, False}
+    rows = np.arange(60)
+    aps = run(unseen, [Job(rows, 1, 0.05, cross_validated=True)], args)[0]
+    np.testing.assert_allclose(aps, slow_folds(features, rows, 1, 0.05))
     note = "note: too few images for cross-validation; the first of --cost, 3, is taken"
     shown, not_shown = (np.flatnonzero((features.train_labels == value).all(axis=1)) for value in (1, -1))
     for positive, negative in ((2, 4), (4, 2), (3, 3)):
