@@ -77,6 +77,8 @@ def test_the_newest_checkpoint_is_that_from_which_least_is_to_be_done(tmp_path):
     for name, state in (("0004", {"epoch": 5}), ("0009", {"epoch": 10}), ("last", {"epoch": 10, "steps": 3})):
         save(tmp_path / f"checkpoint_{name}.pth.tar", state)
     save(tmp_path / "e_step.pth.tar", {"epoch": 99})
+    save(tmp_path / "checkpoint_0019.pth.tar", {"epoch": "20"})
+    (tmp_path / "checkpoint_0000.pth.tar").write_bytes(b"damaged, but nobody has to open it")
     (tmp_path / ".checkpoint_last.pth.tar.part").write_bytes(b"half")
     assert newest(tmp_path, told.append) == tmp_path / "checkpoint_last.pth.tar"
     assert told == []

@@ -76,6 +76,18 @@ def test_every_printed_figure_is_in_the_log(tmp_path, capsys):
     assert lines[2].startswith("epoch 1/2  loss 3.000")
 
 
+def test_a_resumed_epoch_is_as_fast_as_the_steps_that_are_new(tmp_path, capsys):
+    progress = EpochLog("epoch 1/2", 10, 8, print_freq=2, record=RunLog(tmp_path, {}), epoch=0, first=4)
+    meters = Meters()
+    meters.add(loss=torch.tensor(1.0))
+    progress.start -= 8  # seconds
+    progress.step(6, meters)
+    progress.close(meters)
+    step, epoch = capsys.readouterr().out.splitlines()
+    assert step.endswith("  2 images/s (0% waiting for data)  16 s left")
+    assert epoch.endswith("  6 images/s  8 s")
+
+
 def test_the_time_that_a_loader_needs_is_told_apart(tmp_path):
     record = RunLog(tmp_path, {}, tmp_path)
     progress = EpochLog("epoch 1/1", 3, 8, print_freq=9, record=record, epoch=4)

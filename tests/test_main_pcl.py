@@ -208,11 +208,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
 def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, finished, tmp_path, capsys):
     state = load(finished / "checkpoint_0002.pth.tar")
     state["optimizer"]["param_groups"][0]["maximize"] = True
+    state |= {"steps": 1, "terms": {"seed": "another"}}
     torch.save(state, tmp_path / "c.pth.tar")
     changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 -p 7"
     run(image_folder, "--exp-dir", tmp_path / "run", "--resume", tmp_path / "c.pth.tar", *changed.split())
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert notes == [
+    lines = capsys.readouterr().out.splitlines()
+    assert f"epoch 4 starts over: images, batch, seed or clusters are not those of {tmp_path / 'c.pth.tar'}" in lines
+    assert [line for line in lines if line.startswith("note: ")] == [
         "note: --epochs 4, before 3",
         "note: --momentum 0.8, before 0.9",
         "note: --wd 0.5, before 0.0001",
@@ -231,7 +233,7 @@ def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, fi
         ("--lr 0.1 --wd 0 --moco-m 0.5 --print-freq 5 --epochs 9 --proto-weight 2", 2, 2),
         *((options, 0, 0) for options in ("--temperature 0.3", "--image-size 24", "--kmeans sharded", "--amp bf16", "-b 4")),
         *((options, 0, 0) for options in ("--augment-on device", "--num-cluster 4,5", "--kmeans-every 2", "--seed 2")),
-        ("--warmup-epoch 2", 0, 0),
+        *((options, 0, 0) for options in ("--warmup-epoch 2", "--fixed-phi", "--kmeans-tf32")),
         ("other images", 0, 0),
     ],
 )
@@ -252,6 +254,8 @@ def test_what_is_done_of_an_epoch_counts_if_it_fits_the_options(image_folder, op
     args, plan = parsed(*options.split())
     progress = Progress.from_state(state, args, plan)
     assert (progress.epoch, progress.steps, len(progress.clusterings)) == (1, steps, clusters)
+    with pytest.raises(ValueError, match="more steps") if steps else nullcontext():
+        Progress.from_state(state | {"steps": 25 // plan.global_batch + 1}, args, plan)
     clusterings[0].prototypes[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite") if steps else nullcontext():
         Progress.from_state(state, args, plan)
