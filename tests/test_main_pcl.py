@@ -99,8 +99,10 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(image_folder,
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path):
-    run(image_folder, "--exp-dir", tmp_path, "--pcl-r", 8, "--num-cluster", "3,24")  # so that few of many negatives are drawn
+@pytest.mark.parametrize(("mask", "weight"), [(False, 1.0), (True, 0.5)])
+def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path, mask, weight):
+    options = ["--proto-weight", weight, *["--mask-duplicates"] * mask]
+    run(image_folder, "--exp-dir", tmp_path, "--pcl-r", 8, "--num-cluster", "3,24", *options)  # few of many negatives are drawn
     seed_everything(1)
     model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=16, r=8, m=0.9, mlp=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
@@ -119,7 +121,7 @@ def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path):
             q, k, queue = model(*(normalize(torch.stack(views)) for views in zip(*pairs, strict=True)))
             loss = F.cross_entropy(*instance_logits(q, k, queue, 0.2))
             if clusterings:
-                loss = loss + prototype_loss(q, torch.tensor(index), clusterings, 8)[0]
+                loss = loss + weight * prototype_loss(q, torch.tensor(index), clusterings, 8, mask)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
