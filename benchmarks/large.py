@@ -226,13 +226,14 @@ def report(out: Path) -> None:
     rows = []
     for method, curve in curves.items():
         for epoch, found in curve.items():
-            means = [np.mean([r["figures"].get(n, np.nan) for r in found]) for n in names]
+            means = [np.mean([r["figures"][n] for r in found if n in r["figures"]] or [np.nan]) for n in names]
             clusters = [clustering_of(r) for r in found if "clusters" in r]
             means += [np.mean([c[n] for c in clusters]) if clusters else np.nan for n in ("purity", "ami")]
             rows.append([method, epoch, len(found), *("" if np.isnan(mean) else f"{mean:.1f}" for mean in means)])
     head = ["method", "epochs", "seeds", *names, "purity", "AMI of it"]
     title = (
-        "Scores on the test set along the epochs, and agreement of the classes with the clusters of middle size, in percent."
+        "Scores on the test set along the epochs, and agreement of the classes with the clusters of middle size, in percent. "
+        "Each is the mean of the seeds that have it."
     )
     (out / "table.md").write_text("\n".join([title, "", *table(head, rows)]) + "\n")
     draw_curves(curves, names).savefig(out / "curves.png", dpi=DPI)

@@ -126,6 +126,15 @@ def test_checkpoints_are_scored_and_drawn_along_the_way(six_classes, tmp_path, m
     run_script(large, *options, "--measure", "--probe")
     assert json.loads((out / "moco-v2_seed0_e001.json").read_text())["figures"]["probe 10 %"] == 10
     assert (out / "table.md").read_text() != table
+    other = json.loads((out / "moco-v2_seed0_e001.json").read_text()) | {"seed": 1}
+    other["figures"] = {"kNN": other["figures"]["kNN"] + 2, "probe 10 %": 20.0}  # of another seed fewer scores are known
+    (out / "moco-v2_seed1_e001.json").write_text(json.dumps(other | {"run": "moco-v2_seed1_e001"}))
+    run_script(large, *options, "--report")
+    lines = [[cell.strip() for cell in line.split("|")] for line in (out / "table.md").read_text().splitlines()]
+    head, row = (next(line for line in lines if line[1:3] == start) for start in (["method", "epochs"], ["moco-v2", "1"]))
+    found = dict(zip(head, row, strict=True))
+    assert (found["seeds"], found["probe 10 %"], found["probe 1 %"]) == ("2", "15.0", "1.0")
+    assert found["kNN"] == f"{other['figures']['kNN'] - 1:.1f}"
 
 
 def test_what_pcl_gains_on_5000_images_is_that_of_the_tables():
