@@ -95,7 +95,9 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
 def _check_records(path: Path) -> None:
     """Raise ValueError on damage, and on records that would need more memory than the file has bytes; torch checks neither."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":  # torch before 1.6
+        if (start := file.read(4)) != b"PK\3\4":  # torch before 1.6
+            if start.isascii() and b"".join(start.split()).decode().isprintable():
+                raise ValueError("it is empty or a text, such as a web page or a pointer of Git LFS; fetch the file itself")
             return
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
@@ -176,7 +178,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
 
 def trained_at(path: str | Path) -> int | None:
     """Side in pixels of the views that a backbone was trained on, if its checkpoint tells."""
-    settings = load(path, map_location="meta").get("args")
+    settings = load(path).get("args")
     size = str(settings.get("image_size")) if isinstance(settings, dict) else ""
     return int(size) if re.fullmatch("[0-9]{1,9}", size) else None
 

@@ -81,8 +81,8 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         raise CheckpointError(f"{out}: timm and detectron2 have no {arch}{stem} of these names; write .pth or .safetensors")
     file = out
     if not out.suffix:
-        out.mkdir()
         file, size = out / "model.safetensors", trained_at(checkpoint) or 224
+        out.mkdir()
         features = len(weights["layer4.0.downsample.0.weight"])
         pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
         pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}

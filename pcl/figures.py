@@ -74,7 +74,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
                             picture(f"prototypes_{len(g['prototypes'])}", source, nearest_images, g, last, images)
         kinds = {"full": ("ap_per_class", plots.ap_per_class), "low_shot": ("low_shot", plots.low_shot_curves)}
         found: dict[str, dict[str, dict]] = {kind: {} for kind in kinds}
-        for source in dict.fromkeys([*sorted(exp_dir.glob("[!.]*.json")), *results]):
+        for source in {path.resolve(): path for path in [*sorted(exp_dir.glob("[!.]*.json")), *results]}.values():
             with using(source):
                 result = json.loads(source.read_text())
                 if source in results or (isinstance(result, dict) and "checkpoint" in result):

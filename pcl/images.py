@@ -151,6 +151,8 @@ def _opened(path: str | Path) -> Iterator[ImageFile.ImageFile]:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than memory could hold")
             yield image
+    except MemoryError:
+        raise  # the file may be whole
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableImageError(f"cannot read the image {path}: {_reason(error)}; repair or remove the file") from error
 
@@ -166,12 +168,14 @@ def _reason(error: BaseException | None) -> str:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     white = 4095 if "I;12" in str(getattr(image, "tile", "")) else 65535  # a TIFF may say that it has 12 bits
+    white_is_zero = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0  # Pillow inverts 8 bits alone
     image.load()
     with suppress(Exception):  # EXIF data need not make sense
         ImageOps.exif_transpose(image, in_place=True)
     # Pillow's own conversion clips 16 bits at 255. A PGM, or the PNG of an older Pillow, has its 16 bits in mode I.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
         image = Image.fromarray(np.rint(np.asarray(image) / (white / 255)).astype(np.uint8))
+        image = ImageOps.invert(image) if white_is_zero else image
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are signed, 32-bit or floating-point numbers of no known range; save it with 8 or 16 bits")
     image.info.pop("transparency", None)  # Pillow would warn that it is dropped, as in the published program

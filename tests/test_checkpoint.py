@@ -167,9 +167,14 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 
 
 def test_files_that_are_no_checkpoint_are_errors(tmp_path):
-    (tmp_path / "text").write_text("hello")
+    (tmp_path / "text").write_text("\n<html>")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "bytes").write_bytes(b"\x89PNG\0")
     torch.save([1, 2], tmp_path / "list")
-    for name, message in (("absent", "no such file"), ("text", "safely"), ("list", "holds a list")):
+    told = "safely: it is empty or a text, such as a web page"
+    for name, message in (
+        ("absent", "no such file"), ("text", told), ("empty", told), ("bytes", "safely: (?!it is)"), ("list", "holds a list"),
+    ):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / name)
     for weights in ([1], {"a": 1}, {1: torch.zeros(1)}):

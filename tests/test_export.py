@@ -34,6 +34,8 @@ def test_safetensors_are_read_by_their_library(checkpoint, tmp_path, capsys):
     library = pytest.importorskip("safetensors.torch")
     path, weights = checkpoint
     run_script(export, "export", path, tmp_path / "b.safetensors")
+    run_script(export, "export", tmp_path / "b.safetensors", tmp_path / "again", "--arch", ARCH)
+    assert json.loads((tmp_path / "again/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 224, 224]
     assert f'safetensors.torch.load_file("{tmp_path / "b.safetensors"}")' in capsys.readouterr().out
     assert_equal(library.load_file(tmp_path / "b.safetensors"), weights)
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_results_of_one_name_are_all_drawn_and_each_once(tmp_path, monkeypatch):
         result(path, "resnet18", "PCL_v2_epoch200.pth.tar", {"dog": seed / 10})
     drawn, draw = [], plots.low_shot_curves
     monkeypatch.setattr(plots, "low_shot_curves", lambda found: drawn.append(list(found)) or draw(found))
-    figures.draw(paths[0].parent, paths)
+    figures.draw(paths[0].parent, [*paths, paths[0].parent / ".." / "0" / "svm.json"])
     name = "resnet18, PCL_v2_epoch200, 64 pixels"
     assert drawn[-1] == [name, *(f"{name} ({path})" for path in paths[1:])]
 
@@ -111,11 +112,20 @@ def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path):
     exp_dir = run_folder(tmp_path / "run", images, [5])
     last = figures.checkpoint.load(exp_dir / "e_step.pth.tar")
     (granularity,) = last["granularities"]
-    (axes,) = figures.nearest_images(granularity, last, images).axes
+    picture = figures.nearest_images(granularity, last, images)
+    assert f"prototypes before epoch {last['epoch'] + 1}, " in picture.get_suptitle()
+    (axes,) = picture.axes
+    texts = [label.get_text() for label in axes.get_yticklabels()]
     shown, row = axes.images[0].get_array(), 0
     for prototype in granularity["concentration"].argsort(stable=True):
         members = [i for i in range(len(images)) if granularity["im2cluster"][i] == prototype]
         if len(members) > 1:
+            (label, most), *_ = Counter(images.labels[members].tolist()).most_common()
+            phi, share = granularity["concentration"][prototype], f"{100 * most / len(members):.0f} %"
+            told = f"$\\phi$ = {phi:.3f}\n{len(members)} images\n{share} "
+            assert texts[row].startswith(told)
+            if sorted(Counter(images.labels[members].tolist()).values())[-2:-1] != [most]:  # one class alone is the commonest
+                assert texts[row] == f"{told}{images.classes[label]}"
             members = sorted(members, key=lambda i: -granularity["cosine"][i])[:10]
             for column, i in enumerate(members):
                 tile = np.asarray(Image.open(images.path(i)).resize((96, 96), Image.Resampling.NEAREST))

@@ -5,9 +5,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
-from pcl.images import ENDINGS, FORMATS, MOST_PIXELS, UnreadableImageError, bits_used, read_image, read_tensor
+from pcl.images import ENDINGS, FORMATS, MOST_PIXELS, UnreadableImageError, bits_used, read_image, read_tensor, why_unreadable
 
 ROWS, COLUMNS = np.mgrid[:40, :60]
 PIXELS = np.stack([COLUMNS * 4, ROWS * 6, COLUMNS + ROWS * 2], axis=-1).astype(np.uint8)
@@ -168,6 +168,27 @@ def test_a_tiff_of_12_bits_is_scaled_by_them(tmp_path, read):
     write_12_bits(tmp_path / "a.tif", DEEP >> 4)
     assert np.abs(pixels_of(read, tmp_path / "a.tif") - rgb((DEEP >> 4) / (4095 / 255))).max() <= 0.5
     assert bits_used(tmp_path / "a.tif") == 0
+
+
+@readers
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_in_which_white_is_zero_is_shown_as_a_person_sees_it(tmp_path, read, bits):
+    Image.fromarray(DEEP if bits == 16 else (DEEP >> 8).astype(np.uint8)).save(tmp_path / "a.tif")
+    content = (tmp_path / "a.tif").read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1)
+    assert content.count(entry + b"\1\0") == 1
+    (tmp_path / "a.tif").write_bytes(content.replace(entry + b"\1\0", entry + b"\0\0"))
+    assert np.abs(pixels_of(read, tmp_path / "a.tif") - rgb(255 - DEEP / 257)).max() <= 1
+
+
+def test_too_little_memory_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    def load(image):
+        raise MemoryError
+
+    Image.fromarray(GRAY).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        why_unreadable(tmp_path / "a.png")
 
 
 def test_how_many_of_16_bits_are_used(tmp_path):

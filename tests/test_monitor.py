@@ -13,6 +13,7 @@ from pcl.checkpoint import LAST_E_STEP, load
 from pcl.clustering import Clustering
 from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import leave_one_out_accuracy
+from pcl.run import monitor
 from pcl.run.logs import RunLog
 from pcl.run.monitor import Monitor, save_e_step
 
@@ -98,7 +99,7 @@ def test_it_is_due_in_warm_up_every_so_often(images, record, tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
-def test_the_last_e_step_is_kept(images, tmp_path):
+def test_the_last_e_step_is_kept(images, tmp_path, monkeypatch):
     features = F.normalize(torch.randn(37, 4), dim=1)
     clustering = clustering_of(np.arange(37) % 3, 3)
     save_e_step(tmp_path, 7, features, range(37), [clustering], images)
@@ -106,6 +107,12 @@ def test_the_last_e_step_is_kept(images, tmp_path):
     assert (state["epoch"], state["classes"]) == (7, images.classes)
     assert [str(images.root / name) for name in state["files"]] == [images.path(i) for i in range(37)]
     assert torch.equal(state["features"], features)
+    monkeypatch.setattr(monitor, "SAMPLE", 5)  # of very many images, a few at random
+    save_e_step(tmp_path, 7, features, range(37), [clustering], images)
+    few = load(tmp_path / LAST_E_STEP)
+    assert torch.equal(few["features"], features[few["sample"]])
+    assert few["sample"].tolist() == sorted(set(few["sample"].tolist()))
+    assert few["sample"].tolist() != list(range(5))
     (granularity,) = state["granularities"]
     slow = [float(f @ clustering.prototypes[c]) for f, c in zip(features, clustering.im2cluster, strict=True)]
     np.testing.assert_allclose(granularity["cosine"], slow, rtol=1e-5)
@@ -120,6 +127,7 @@ def test_with_sharded_features_the_main_process_looks_at_its_own(images, record,
     save_e_step(tmp_path, 0, features[1::2], seen, [clustering], images)
     state = load(tmp_path / LAST_E_STEP)
     assert state["seen"].tolist() == list(seen)
+    assert torch.equal(state["features"], features[state["sample"]])
     whole = (features * clustering.prototypes[clustering.im2cluster]).sum(dim=1)
     torch.testing.assert_close(state["granularities"][0]["cosine"], whole[1::2])
 

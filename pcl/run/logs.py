@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pcl import clustering
+from pcl import checkpoint, clustering
 from pcl.distributed import available_cores, get_world_size, is_main, mean_over_ranks
 from pcl.errors import RunError
 from pcl.terminal import tell
@@ -250,7 +250,11 @@ def write_result(path: Path | None, args: dict[str, Any], **results: Any) -> Non
     if path and is_main():
         settings = {name: str(value) for name, value in args.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"settings": settings, "versions": versions(), **results}, indent=1) + "\n")
+        content = json.dumps({"settings": settings, "versions": versions(), **results}, indent=1) + "\n"
+        if path.exists() and not path.is_file():  # /dev/stdout
+            path.write_text(content)
+        else:
+            checkpoint.write_whole(path.resolve(), lambda file: file.write(content.encode()))
 
 
 def show(means: dict[str, float]) -> str:
