@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import sys
 import time
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pcl.errors import RunError
 from pcl.run import logs
-from pcl.run.logs import EpochLog, Meters, RunLog, log, show
+from pcl.run.logs import EpochLog, Meters, RunLog, log, show, write_result
 
 
 def test_meters_are_means():
@@ -120,3 +123,19 @@ def test_only_the_main_process_speaks_and_writes(tmp_path, capsys, monkeypatch):
     log("hello")
     assert not (tmp_path / "new").exists()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_result_is_written_whole_or_the_earlier_one_stays(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "real.json").write_text("earlier")
+    (tmp_path / "o.json").symlink_to("real.json")
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"real\.json cannot be written: No space left"):
+        patch.setattr(os, "fsync", full)
+        write_result(tmp_path / "o.json", {"seed": 3}, full=0.5)
+    assert (tmp_path / "o.json").read_text() == "earlier"
+    write_result(tmp_path / "o.json", {"seed": 3}, full=0.5)
+    result = json.loads((tmp_path / "real.json").read_text())
+    assert (result["settings"], result["full"]) == ({"seed": "3"}, 0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.json", "real.json"]
