@@ -157,8 +157,10 @@ def test_numbers_of_processes(monkeypatch):
 
 def test_one_task_of_srun_on_a_node_starts_the_processes_of_the_node(monkeypatch):
     place_in(monkeypatch, SRUN | {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0})
-    args = to_check(nproc=4)
-    place = preflight.check_launch(cli.Parser(None), args).place
+    args = to_check(nproc=4, workers=6)
+    plan = preflight.check_launch(cli.Parser(None), args)
+    place = plan.place
+    assert (plan.batch, plan.workers) == (3, 2)  # of each process; six loader processes at least
     assert (place.world, place.rank, place.host, place.port) == (8, 4, "n09", 10123)
     assert processes_of(args) == (4, 8)
 
@@ -209,7 +211,7 @@ def ask_the_group(device, args, plan):
 @pytest.mark.dist
 def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # of a batch script
-    results = two_ranks(ask_the_group)
+    results = two_ranks(ask_the_group, seed=None)
     assert results[0]["listening"] or not shutil.which("ss")
     for rank, result in enumerate(results):
         assert result["rank"] == rank
@@ -222,7 +224,8 @@ def test_two_ranks_know_themselves_and_each_other(two_ranks, monkeypatch):
         assert result["owners"] == 2
         assert all(address.startswith("127.0.0.1:") for address in result["listening"])
         assert result["alike"] == [True, False]
-        seed_everything(0 + rank)
+        assert result["seed"] == results[0]["seed"]
+        seed_everything(result["seed"] + rank)
         assert result["drawn"] == float(torch.rand(()))
     assert results[0]["drawn"] != results[1]["drawn"]
 
@@ -322,6 +325,7 @@ def test_an_error_in_the_code_keeps_its_traceback():
 def test_a_single_process_has_no_group_no_store_and_the_names_of_several():
     def worker(device, args, plan):
         assert not torch.distributed.is_initialized()
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, True)
         assert threading.active_count() == threads + 1  # the one that watches for signals
         network = torch.nn.Linear(2, 3)
         wrapped = launch.parallel(network, device)

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval_cls_imagenet
 from eval_cls_imagenet import validate
 from pcl.augment import center_view, crop_view, normalize
-from pcl.checkpoint import load, load_backbone
+from pcl.checkpoint import load, load_backbone, load_probe
 from pcl.distributed import seed_everything
 from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank
@@ -58,6 +58,7 @@ def test_a_probe_from_end_to_end(six_classes, pretrained, tmp_path, capsys):
 
     # The file is a whole classifier: torchvision's network, run on every image, has the accuracies that were told.
     state = load(tmp_path / "Linear_eval" / "x" / "checkpoint.pth.tar")
+    assert (state["seed"], state["deterministic"]) == (1, True)
     network = torchvision.models.get_model(ARCH, weights=None, num_classes=6).eval()
     network.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
     val = IndexedFolder(six_classes / "val", center_view(32))
@@ -84,6 +85,7 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
     common = [six_classes, "--pretrained", pretrained]
     script(*common, "--id", "whole", "--seed", 1)
     script(*common, "--id", "part", "--seed", 1, "--epochs", 2, "--resume", "auto")  # there is nothing to go on with
+    (tmp_path / "Linear_eval" / "part" / "model_best.pth.tar").unlink()  # it goes on from the last, not from the best
     script(*common, "--id", "part", "--resume", "auto", "-j", 2)
     whole, part = (load(tmp_path / "Linear_eval" / name / "checkpoint.pth.tar") for name in ("whole", "part"))
     for name in ("state_dict", "optimizer"):
@@ -96,6 +98,31 @@ def test_a_resumed_probe_equals_the_uninterrupted_one_to_the_bit(six_classes, pr
     done = json.loads((tmp_path / "done.json").read_text())
     assert done["epochs"] == whole["history"]
     assert done["best"]["test_acc"] == whole["best_acc1"]
+    assert (tmp_path / "Linear_eval" / "part" / "log.jsonl").read_text().count('"command"') == 2
+
+
+@pytest.mark.slow
+def test_loss_and_accuracy_of_training_are_means_over_its_images(six_classes, pretrained, tmp_path):
+    script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--epochs", 1, "--lr", 1e-30)  # it stays as it is
+    state = load(tmp_path / "Linear_eval" / "x" / "checkpoint.pth.tar")
+    network = torchvision.models.get_model(ARCH, weights=None, num_classes=6).eval()
+    network.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
+    train = IndexedFolder(six_classes / "train", crop_view(32), seed=1)
+    with torch.no_grad():
+        logits = network(normalize(torch.stack([train[i][0] for i in range(len(train))])))
+    truth, (figures,) = torch.from_numpy(train.labels), state["history"]
+    assert figures["train_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, truth)))
+    assert figures["train_acc"] == pytest.approx(100 * float((logits.argmax(1) == truth).float().mean()))
+
+
+@pytest.mark.slow
+def test_random_weights_are_the_same_on_every_rank(six_classes, tmp_path, monkeypatch):
+    states = []
+    for rank in range(2):
+        monkeypatch.setattr(eval_cls_imagenet, "get_rank", lambda rank=rank: rank)
+        script(six_classes, "--random-init", "-a", ARCH, "--seed", 1, "--epochs", 1, "--id", f"{rank}")
+        states.append(load(tmp_path / "Linear_eval" / f"{rank}" / "checkpoint.pth.tar")["state_dict"])
+    assert torch.equal(*(state["module.conv1.0.weight"] for state in states))
 
 
 @pytest.mark.slow
@@ -291,9 +318,13 @@ def test_a_loss_that_is_no_number_ends_the_probe_before_it_is_saved(six_classes,
 
 
 @pytest.mark.slow
-def test_a_probe_that_goes_on_with_other_options_says_so_and_does(six_classes, finished, tmp_path, capsys):
-    changed = "--epochs 4 --momentum 0.5 --wd 0.01 --percent 50 -b 4 --lr 0.2 --image-size 24"
+def test_a_probe_that_goes_on_with_other_options_says_so_and_does(six_classes, finished, tmp_path, capsys, monkeypatch):
+    changed = "--epochs 4 --momentum 0.5 --wd 0.01 --percent 50 -b 4 --lr 0.2 --image-size 24 --seed 2"
+    used, make = [], eval_cls_imagenet.EpochSampler
+    monkeypatch.setattr(eval_cls_imagenet, "EpochSampler", lambda of, seed: used.append(of.names()) or make(of, seed))
     script(six_classes, "--resume", finished, "--id", "y", *changed.split())
+    images = IndexedFolder(six_classes / "train", None)
+    assert used == [images.subset(label_subset(images.labels, 50, seed=2)).names()]
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: --image-size 24, before 32",
@@ -302,6 +333,7 @@ def test_a_probe_that_goes_on_with_other_options_says_so_and_does(six_classes, f
         "note: --lr 0.2, before 0.1",
         "note: --momentum 0.5, before 0.9",
         "note: --wd 0.01, before 0.0",
+        "note: --seed 2, before 1",
         "note: --percent 50.0, before 100.0",
     ]
     group = load(tmp_path / "Linear_eval" / "y" / "checkpoint.pth.tar")["optimizer"]["param_groups"][0]
@@ -360,6 +392,29 @@ def test_the_difference_is_to_the_bit():
     assert first_difference(network, same) == "conv1.0.weight differs"
 
 
+def finetune_together(device, args, plan):
+    found, extract = [], eval_cls_imagenet.extract_features
+    eval_cls_imagenet.extract_features = lambda *arguments: found.append(extract(*arguments)) or found[-1]
+    eval_cls_imagenet.probe(device, args, replace(plan, batch=4, workers=0))
+    save_result(args, features=found[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_of_two_ranks_that_fine_tune_a_network_both_score_the_one_that_is_saved(six_classes, pretrained, tmp_path, two_ranks):
+    options = ["--finetune", "--pretrained", str(pretrained), str(six_classes)]
+    args = vars(eval_cls_imagenet.get_parser().parse_args([*TINY.split(), "--lr", "0.001", "--lr-backbone", "0.001", *options]))
+    fixed = {"nproc", "gpu", "world_size", "rank", "dist_url", "dist_backend", "dist_timeout", "seed"}
+    results = two_ranks(finetune_together, **{name: value for name, value in args.items() if name not in fixed})
+    network, _ = load_probe(tmp_path / "Linear_eval" / "linear" / "checkpoint.pth.tar")
+    network.fc = torch.nn.Identity()
+    val = IndexedFolder(six_classes / "val", center_view(32))
+    with torch.no_grad():
+        expected = network(normalize(torch.stack([val[i][0] for i in range(len(val))])))
+    for result in results:
+        torch.testing.assert_close(result["features"], expected, rtol=1e-4, atol=1e-4)
+
+
 def probe_together(device, args, plan):
     eval_cls_imagenet.probe(device, args, replace(plan, batch=4, workers=0))
     val = IndexedFolder(args.data / "val", center_view(32)).subset(np.arange(17))  # two ranks do not divide them
@@ -414,12 +469,14 @@ def test_two_event_files_of_the_same_second_are_two(tmp_path, monkeypatch):
 
 
 def test_the_head_starts_as_published(pretrained):
-    args = eval_cls_imagenet.get_parser().parse_args(["--pretrained", str(pretrained), "--image-size", "64", "DIR"])
+    options = ["--pretrained", str(pretrained), "--image-size", "64", "--start-epoch", "7"]
+    args = eval_cls_imagenet.get_parser().parse_args([*options, "DIR"])
     probe = open_probe(args, [str(c) for c in range(1000)])
     assert isinstance(probe, Probe)
     (head,) = probe.heads
     assert float(head.layer.weight.detach().std()) == pytest.approx(0.01, rel=0.01)
     assert not head.layer.bias.any()
+    assert head.epoch == 7
     assert not probe.backbone.training
 
 
@@ -441,6 +498,15 @@ def test_fewer_than_five_classes_have_no_top_5(image_folder, pretrained, tmp_pat
     everything = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
     assert "test_acc" in everything
     assert "acc5" not in everything
+
+
+def test_two_images_of_each_process_are_enough_to_fine_tune(six_classes, monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "launch", lambda worker, args, plan: started.append(plan.place.world))
+    few = [six_classes, "--random-init", "-a", ARCH, "--percent", 1, "-b", 6]  # six images
+    script(*few, "--finetune", "--nproc", 3)
+    script(*few, "--nproc", 6)
+    assert started == [3, 6]
 
 
 def remove_class(root):

@@ -295,6 +295,20 @@ def test_a_run_in_its_first_epoch_has_no_curves_yet(six_classes, tmp_path):
     assert {path.stem for path in figures.draw(exp_dir)} == {"tsne", "concentration", "prototypes_3"}
 
 
+def points_of(last):
+    return {points.get_label(): len(points.get_offsets()) for points in figures.tsne(last).axes[0].collections}
+
+
+def test_points_have_the_color_of_their_image_s_class_or_cluster():
+    last = {"features": torch.randn(6, 4), "sample": torch.arange(6, 12), "labels": torch.arange(12) // 6, "epoch": 0}
+    assert points_of({**last, "classes": ["a", "b"], "granularities": []}) == {"a": 0, "b": 6}
+    coarse, fine = torch.arange(30).sub(18).clamp(min=0), torch.arange(30) % 13  # 19, 1, 1, .. images, and 2 or 3
+    granularities = [{"im2cluster": c, "prototypes": torch.zeros(int(c.max()) + 1, 4)} for c in (fine, coarse)]
+    last |= {"features": torch.randn(30, 4), "sample": torch.arange(30), "labels": torch.zeros(30), "classes": []}
+    found = points_of({**last, "granularities": granularities})
+    assert (found["cluster of 19 images"], found["2 other clusters"]) == (19, 2)
+
+
 @pytest.mark.parametrize("features", [torch.ones(40, 4), torch.randn(40, 1)], ids=["collapsed", "one feature"])
 def test_features_without_two_directions_are_drawn(features):
     last = {"features": features, "labels": torch.zeros(40, dtype=torch.long), "sample": torch.arange(40)}

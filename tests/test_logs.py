@@ -131,9 +131,10 @@ def test_a_result_is_written_whole_or_the_earlier_one_stays(tmp_path, monkeypatc
 
     (tmp_path / "real.json").write_text("earlier")
     (tmp_path / "o.json").symlink_to("real.json")
-    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"real\.json cannot be written: No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        write_result(tmp_path / "o.json", {"seed": 3}, full=0.5)
+        with pytest.raises(RunError, match=r"real\.json cannot be written: No space left"):
+            write_result(tmp_path / "o.json", {"seed": 3}, full=0.5)
     assert (tmp_path / "o.json").read_text() == "earlier"
     write_result(tmp_path / "o.json", {"seed": 3}, full=0.5)
     result = json.loads((tmp_path / "real.json").read_text())

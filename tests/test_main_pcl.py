@@ -70,7 +70,7 @@ def test_a_run_ends_with_a_checkpoint_in_the_published_form_and_a_log(finished):
         f"tensorboard/{board.name}",
     ]
     state = load(finished / "checkpoint_0002.pth.tar")
-    assert (state["epoch"], state["arch"], state["seed"]) == (3, "shufflenet_v2_x0_5", 1)
+    assert [state[name] for name in ("epoch", "arch", "seed", "deterministic")] == [3, "shufflenet_v2_x0_5", 1, True]
     assert state["state_dict"]["module.queue"].shape == (16, 20)
     assert state["state_dict"]["module.queue_ptr"].tolist() == [3 * 3 * 8 % 20]
     for encoder in ("encoder_q", "encoder_k"):
@@ -107,7 +107,7 @@ def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path, mask, weight):
     model = MoCo(torchvision.models.shufflenet_v2_x0_5, dim=16, r=8, m=0.9, mlp=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     images = IndexedFolder(image_folder / "train", TwoViews(random_view(32, aug_plus=True)), seed=1)
-    center, sampler, clusterings = images.with_transform(center_view(32)), EpochSampler(images, 1), []
+    center, sampler, clusterings, hits = images.with_transform(center_view(32)), EpochSampler(images, 1), [], []
     for epoch, lr in enumerate((0.03, 0.0225, 0.0075)):
         if epoch >= 1:
             features = model.eval()(normalize(torch.stack([center[i][0] for i in range(25)])))
@@ -119,7 +119,9 @@ def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path, mask, weight):
             pairs, index = zip(*(images[key] for key in order[8 * step : 8 * step + 8]), strict=True)
             seed_everything(1, epoch, step + 1)
             q, k, queue = model(*(normalize(torch.stack(views)) for views in zip(*pairs, strict=True)))
-            loss = F.cross_entropy(*instance_logits(q, k, queue, 0.2))
+            logits, target = instance_logits(q, k, queue, 0.2)
+            loss = F.cross_entropy(logits, target)
+            hits.append(float((logits.argmax(1) == 0).float().mean()))
             if clusterings:
                 loss = loss + weight * prototype_loss(q, torch.tensor(index), clusterings, 8, mask)[0]
             optimizer.zero_grad()
@@ -128,6 +130,8 @@ def test_a_run_is_that_of_a_plain_loop(image_folder, tmp_path, mask, weight):
     found = load(tmp_path / "checkpoint_0002.pth.tar")["state_dict"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[f"module.{name}"], value)
+    told = [r["acc_instance"] for r in records_of(tmp_path) if "seconds" in r]
+    assert told == pytest.approx([sum(hits[3 * epoch : 3 * epoch + 3]) / 3 for epoch in range(3)])
 
 
 @pytest.mark.slow
@@ -182,14 +186,14 @@ def test_two_processes_share_what_is_clustered(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, finished, tmp_path, monkeypatch, capsys):
     class Stop(Exception):  # noqa: N818
         pass
 
     step, steps = main_pcl.m_step, []
 
     def m_step(*args):
-        steps.append(args)
+        steps.append([path.name for path in tmp_path.glob("checkpoint*")])
         if len(steps) == 3:
             raise Stop
         return step(*args)
@@ -198,12 +202,42 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
         patch.setattr(main_pcl, "m_step", m_step)
         with pytest.raises(Stop):
             run(image_folder, "--exp-dir", tmp_path, "--save-freq", 2, "--save-steps", 0)
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint_0001.pth.tar"]
+    assert steps == [[], [LAST], ["checkpoint_0001.pth.tar"]]
 
     unseeded = TINY.removesuffix("--seed 1")  # the seed comes from the checkpoint
     run(image_folder, "--exp-dir", tmp_path, "--resume", tmp_path / "checkpoint_0001.pth.tar", tiny=unseeded)
     assert_same(weights(tmp_path), weights(finished))
     assert (tmp_path / "log.jsonl").read_text().count('"command"') == 2
+    assert load(tmp_path / "checkpoint_0002.pth.tar")["deterministic"] is True
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
+    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
+    assert "nothing is left to do: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [(0, "different images in {}/train;"), (1, "different images in {}/val;"), (2, "from different checkpoints;")],
+)
+def test_nodes_that_begin_differently_are_stopped(image_folder, tmp_path, monkeypatch, capsys, which, told):
+    answers = iter([True] * which)
+    monkeypatch.setattr(inputs, "equal_on_all_ranks", lambda number: next(answers, False))
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", tmp_path, *MONITOR)
+    assert stop.value.code == 1
+    assert told.format(image_folder) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_waited_for_another_one_goes_on_from_its_checkpoint(image_folder, finished, tmp_path, monkeypatch):
+    def claim_late(folder):
+        shutil.copytree(finished, folder, dirs_exist_ok=True)  # meanwhile the other has come and gone
+        return claim(folder)
+
+    monkeypatch.setattr("pcl.run.logs.claim", claim_late)
+    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
+    assert records_of(tmp_path)[-1]["first_epoch"] == 3
+    assert (tmp_path / "checkpoint_0002.pth.tar").read_bytes() == (finished / "checkpoint_0002.pth.tar").read_bytes()
 
 
 @pytest.mark.slow
@@ -212,8 +246,8 @@ def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, fi
     state["optimizer"]["param_groups"][0]["maximize"] = True
     state |= {"steps": 1, "terms": {"seed": "another"}}
     torch.save(state, tmp_path / "c.pth.tar")
-    changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 -p 7"
-    run(image_folder, "--exp-dir", tmp_path / "run", "--resume", tmp_path / "c.pth.tar", *changed.split())
+    changed = "--epochs 4 --wd 0.5 --momentum 0.8 --temperature 0.3 --moco-m 0.95 --mask-duplicates --proto-weight 0.5 "
+    run(image_folder, "--exp-dir", tmp_path / "run", "--resume", tmp_path / "c.pth.tar", *changed.split(), "-p", 7, "--seed", 2)
     lines = capsys.readouterr().out.splitlines()
     assert f"epoch 4 starts over: images, batch, seed or clusters are not those of {tmp_path / 'c.pth.tar'}" in lines
     assert [line for line in lines if line.startswith("note: ")] == [
@@ -224,6 +258,7 @@ def test_a_run_that_goes_on_with_other_options_says_so_and_does(image_folder, fi
         "note: --temperature 0.3, before 0.2",
         "note: --mask-duplicates True, before False",
         "note: --proto-weight 0.5, before 1.0",
+        "note: --seed 2, before 1",
     ]
     group = load(tmp_path / "run" / "checkpoint_0003.pth.tar")["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["momentum"], group["maximize"]) == (0.5, 0.8, False)
@@ -356,10 +391,10 @@ def test_a_run_cut_off_in_an_epoch_goes_on_to_the_bit(image_folder, finished, tm
             run(image_folder, "--exp-dir", tmp_path, "--save-steps", 1, "--resume", "auto")
     expected = [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 0), (LAST, 1, 1), (LAST, 1, 2)]
     assert [s for s in saved if s != "e_step.pth.tar"] == expected[: 4 + steps]
-    run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--resume", "auto")
+    run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--keep-every", 2, "--resume", "auto")
     assert [r["epoch"] for r in records_of(tmp_path) if "kmeans_seconds" in r] == [1, 2]  # the second epoch's not again
     assert_same(weights(tmp_path), weights(finished))
-    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0002.pth.tar"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_*")) == [f"checkpoint_000{i}.pth.tar" for i in (1, 2)]
     ours, whole = (next(r for r in records_of(f) if "seconds" in r and r["epoch"] == 1) for f in (tmp_path, finished))
     assert ours["loss"] == pytest.approx(whole["loss"])  # of all steps, also those before the cut
 
@@ -372,8 +407,22 @@ def test_a_run_that_is_stopped_in_an_epoch_saves_also_without_save_steps(image_f
         run(image_folder, "--exp-dir", tmp_path, "--save-steps", 0)
     assert stop.value.code == PREEMPTED
     assert (load(tmp_path / LAST)["epoch"], load(tmp_path / LAST)["steps"]) == (0, 2)
-    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
+    monkeypatch.setattr(report, "draw_pictures", lambda _: None)
+    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto", *MONITOR)
     assert_same(weights(tmp_path), weights(finished))
+    looks = [r["epoch"] for r in records_of(tmp_path) if "monitor_seconds" in r]
+    assert looks == [1, 2]  # in the middle of an epoch it is too late to measure before it
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_of_an_epoch_ends_the_run_unless_that_is_over(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.Watch, "stop_voted", lambda watch: False)
+    monkeypatch.setattr(launch.Watch, "last_vote", lambda watch: True)
+    run(image_folder, "--exp-dir", tmp_path / "over", "--epochs", 1)
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", tmp_path / "run")
+    assert stop.value.code == PREEMPTED
+    assert load(tmp_path / "run" / LAST)["epoch"] == 1
 
 
 @pytest.mark.slow
@@ -466,9 +515,10 @@ def test_of_two_processes_the_one_that_fails_tells_why(image_folder, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, tmp_path, capsys):
+@pytest.mark.parametrize("options", ["", "-b 24 --pcl-r 24 --wd 1e30"], ids=["in an epoch", "by its last step"])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, tmp_path, capsys, options):
     with pytest.raises(SystemExit) as stop:
-        run(image_folder, "--exp-dir", tmp_path, "--lr", "1e30", "--save-freq", 1)
+        run(image_folder, "--exp-dir", tmp_path, "--lr", "1e30", "--save-freq", 1, *options.split())
     assert stop.value.code == 1
     err = capsys.readouterr().err
     pattern = (
@@ -477,6 +527,15 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, 
     assert re.fullmatch(pattern, err)
     for path in tmp_path.glob("checkpoint_*"):
         assert all(value.isfinite().all() for value in load(path)["state_dict"].values())
+
+
+@pytest.mark.slow
+def test_features_that_are_no_numbers_end_the_run_before_they_are_clustered(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main_pcl, "extract_share", lambda network, loader, count, device: torch.full((count, 16), torch.nan))
+    with pytest.raises(SystemExit) as stop:
+        run(image_folder, "--exp-dir", tmp_path)
+    assert stop.value.code == 1
+    assert "error: E-step 2/3: features of images are not finite numbers, at learning rate 0.0225;" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -557,7 +616,7 @@ WRONG = {
     "weights that are no numbers": ("{images}", "--resume {nan}", "not all numbers of encoder_q.conv1.0.weight are finite"),
     "a damaged checkpoint": ("{images}", "--resume {flipped}", "--resume: {flipped} is not a checkpoint that can be opened"),
     "one image in a step": ("{images}", "-b 1", "--batch-size 1: BatchNorm needs more than one image in a process's step"),
-    "one image of each process": ("{images}", "-b 2 --nproc 2", "--batch-size 2: BatchNorm needs more than one image"),
+    "one image of each process": ("{images}", "-b 2 --nproc 2", "in a process's step; give -b 4 or more"),
     "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
     "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
     "an option of another k-means": ("{images}", "--kmeans-tf32", "it is an option of --kmeans sharded"),
@@ -667,6 +726,9 @@ def test_one_image_in_a_step_is_enough_where_it_is_large(image_folder, tmp_path,
     monkeypatch.setattr(launch, "launch", lambda worker, args, plan: started.append(args))
     run("--exp-dir", tmp_path / "new", image_folder, "-b", 1, "--image-size", 64)
     assert started[0].batch_size == 1
+    most = "--bn-splits 4 --pcl-r 8 --num-cluster 3,25"
+    run("--exp-dir", tmp_path / "new", image_folder, *most.split())
+    assert started[1].bn_splits == 4
 
 
 def test_the_defaults_are_the_published_ones():

@@ -118,7 +118,7 @@ def test_the_last_e_step_is_kept(images, tmp_path, monkeypatch):
     np.testing.assert_allclose(granularity["cosine"], slow, rtol=1e-5)
 
 
-def test_with_sharded_features_the_main_process_looks_at_its_own(images, record, tmp_path):
+def test_with_sharded_features_the_main_process_looks_at_its_own(images, record, tmp_path, monkeypatch):
     features = F.normalize(torch.randn(37, 4), dim=1)
     clustering = clustering_of(np.arange(37) % 3, 3)
     seen = range(1, 37, 2)
@@ -128,6 +128,10 @@ def test_with_sharded_features_the_main_process_looks_at_its_own(images, record,
     state = load(tmp_path / LAST_E_STEP)
     assert state["seen"].tolist() == list(seen)
     assert torch.equal(state["features"], features[state["sample"]])
+    monkeypatch.setattr(monitor, "KNN_POOL", 12)
+    Monitor(images, None, 1, record).measure(0, None, features[1::2], seen, [clustering])
+    few = features[1::2][:12], torch.from_numpy(images.labels[1::2][:12])
+    assert last_record(tmp_path)["knn_train"] == leave_one_out_accuracy(*few)
     whole = (features * clustering.prototypes[clustering.im2cluster]).sum(dim=1)
     torch.testing.assert_close(state["granularities"][0]["cosine"], whole[1::2])
 
