@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the scripts
+
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -49,7 +51,6 @@ from pcl.samples import write_image_folder, write_voc
 from pcl.sharded import kmeans_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts
 
 import eval_cls_imagenet  # noqa: E402
 import eval_svm_voc  # noqa: E402

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the scripts
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,6 @@ from pcl.terminal import leave_on_signals
 from resnet8 import RESNET8, register
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts
 SETTINGS = f"--arch {RESNET8} --mlp --aug-plus --cos --lr 0.12 --pcl-r 512 --moco-m 0.99 --temperature 0.2 --warmup-epoch 6"
 SETTINGS += " --augment-on device --channels-last --monitor-freq 3 --seed 0 --nproc 1"
 

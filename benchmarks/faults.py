@@ -27,6 +27,8 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: a process with threads must not be forked
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the scripts
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,6 @@ from pcl.errors import PREEMPTED
 from pcl.samples import write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts
 
 import main_pcl  # noqa: E402, F401 - for the runs that are forked from here
 

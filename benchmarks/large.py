@@ -149,7 +149,7 @@ def train(run: Run, epochs: int, args: argparse.Namespace) -> None:
         command += [*command_of(run, PLAN, args.extra).split(), "--seed", str(run.seed), "--exp-dir", str(folder)]
         last = epochs == settings_of(run, args).epochs
         # A session of its own: Ctrl-C is for this process, which lets it save.
-        process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(command, start_new_session=True)
         try:
             while process.poll() is None and (last or not goal.exists()):
                 time.sleep(0.5)

@@ -40,10 +40,10 @@ def main() -> None:
     args = main_pcl.get_parser().parse_args()
     labels = torch.from_numpy(IndexedFolder(args.data / "train", transform=None).labels)
 
-    def cluster_all(features: Tensor, num_clusters: Any, temperature: float, **_: Any) -> list[Clustering]:
-        return [class_clusters(features, labels.to(features.device), temperature)]
+    def cluster_all(features: Tensor, *_: Any, **__: Any) -> list[Clustering]:
+        return [class_clusters(features, labels.to(features.device), args.temperature)]
 
-    main_pcl.cluster_all = cluster_all
+    main_pcl.cluster_all = main_pcl.cluster_all_sharded = cluster_all
     main_pcl.main()
 
 

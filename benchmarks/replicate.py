@@ -404,7 +404,7 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
     """Do all runs that are not done, several at once; the names of those that failed, and of those that needed one of them."""
     (args.work / "logs").mkdir(parents=True, exist_ok=True)
     threads = max(1, available_cores() // args.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     failed: list[str] = []
     minutes: list[float] = []

@@ -7,7 +7,11 @@ From the speed it reckons what an E-step of more images would take on more proce
 
 import argparse
 import resource
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the scripts
 
 import torch
 
