@@ -35,6 +35,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+import eval_cls_imagenet
+import eval_svm_voc
+import main_pcl
 from pcl.augment import MEAN, STD, DeferredView, TwoViews, apply_deferred, center_view, random_view
 from pcl.builder import MoCo
 from pcl.cli import Parser
@@ -51,10 +54,6 @@ from pcl.samples import write_image_folder, write_voc
 from pcl.sharded import kmeans_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
-
-import eval_cls_imagenet  # noqa: E402
-import eval_svm_voc  # noqa: E402
-import main_pcl  # noqa: E402
 
 
 class ImagesPassed:

@@ -32,15 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the s
 import torch
 from torch import Tensor
 
+import main_pcl  # noqa: F401 - for the runs that are forked from here
 from pcl.checkpoint import NAMES, load
 from pcl.cli import Parser, natural, positive
 from pcl.errors import PREEMPTED
 from pcl.samples import write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-
-import main_pcl  # noqa: E402, F401 - for the runs that are forked from here
-
 SETTINGS = (
     "-a shufflenet_v2_x0_5 --image-size 32 -b 80 --pcl-r 160 --low-dim 16 --num-cluster 20,40 --warmup-epoch 1 --epochs 10 "
 )

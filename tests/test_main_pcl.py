@@ -391,6 +391,7 @@ def test_a_run_cut_off_in_an_epoch_goes_on_to_the_bit(image_folder, finished, tm
             run(image_folder, "--exp-dir", tmp_path, "--save-steps", 1, "--resume", "auto")
     expected = [(LAST, 0, 1), (LAST, 0, 2), LAST, (LAST, 1, 0), (LAST, 1, 1), (LAST, 1, 2)]
     assert [s for s in saved if s != "e_step.pth.tar"] == expected[: 4 + steps]
+    shutil.copy(tmp_path / LAST, tmp_path / "checkpoint_0000.pth.tar")  # which is to be removed
     run(image_folder, "--exp-dir", tmp_path, "--save-freq", 1, "--keep", 1, "--keep-every", 2, "--resume", "auto")
     assert [r["epoch"] for r in records_of(tmp_path) if "kmeans_seconds" in r] == [1, 2]  # the second epoch's not again
     assert_same(weights(tmp_path), weights(finished))
@@ -616,7 +617,11 @@ WRONG = {
     "weights that are no numbers": ("{images}", "--resume {nan}", "not all numbers of encoder_q.conv1.0.weight are finite"),
     "a damaged checkpoint": ("{images}", "--resume {flipped}", "--resume: {flipped} is not a checkpoint that can be opened"),
     "one image in a step": ("{images}", "-b 1", "--batch-size 1: BatchNorm needs more than one image in a process's step"),
-    "one image of each process": ("{images}", "-b 2 --nproc 2", "in a process's step; give -b 4 or more"),
+    "one image of each process": (
+        "{images}",
+        "-b 2 --nproc 2",
+        "--batch-size 2: BatchNorm needs more than one image in a process's step; give -b 4 or more",
+    ),
     "nothing left to do": ("{images}", "--resume {checkpoint}", "raise --epochs"),
     "pruning too few dimensions": ("{images}", "--kmeans super", "--kmeans super: it needs --low-dim 32 or more, not 16"),
     "an option of another k-means": ("{images}", "--kmeans-tf32", "it is an option of --kmeans sharded"),
