@@ -167,6 +167,8 @@ def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
         seed_everything(plan.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it
         sampler.set_epoch(epoch)
         trained = train_heads(model.backbone, active, loader, labels, epoch, args, plan, record)
+        if not trained:  # a run that is resumed repeats the epoch at which a head ended
+            continue
         if args.finetune:
             for buffer in model.backbone.buffers():  # rank 0's statistics for all, as its checkpoint has them
                 broadcast(buffer)
@@ -224,7 +226,7 @@ def train_heads(
             trained.append((head, {"train_loss": loss, "train_acc": accuracy, "lr": lr}))
             continue
         wrong = f"the loss of epoch {epoch + 1} is not a finite number, at learning rate {lr:g}"
-        if len(heads) == 1:
+        if len(args.lr) == 1:
             raise RunError(f"{wrong}; lower --lr")
         log(f"warning: {wrong}; its training ends here")
     return trained

@@ -150,7 +150,7 @@ def train(device: torch.device, args: Namespace, plan: Plan) -> None:
     optimizer = SGD(wrapped.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=True)
     progress, plan = Progress.resume(wrapped, optimizer, args, plan)
     report.settings(args, plan, train_set, len(train_loader), device, record)
-    watcher = monitor.Monitor(train_set, val, args.monitor_freq, record)
+    watcher = monitor.Monitor(train_set, val, args.monitor_freq, record, progress.clusterings)
 
     for epoch in range(progress.epoch, args.epochs):
         seed_everything(plan.seed + get_rank(), epoch)  # an epoch's randomness is its own: a resumed run repeats it

@@ -197,9 +197,16 @@ def test_several_learning_rates_go_on_where_each_was_stopped(alone_and_together,
 
 @pytest.mark.slow
 def test_a_learning_rate_that_diverges_ends_alone(six_classes, pretrained, tmp_path, capsys):
-    script(six_classes, "--pretrained", pretrained, "--id", "x", "--seed", 1, "--lr", "0.1,9e29", "--wd", "9e29", "--epochs", 1)
+    options = ["--pretrained", pretrained, "--id", "x", "--seed", 1, "--lr", "1e-7,9e29", "--wd", "1e6"]
+    script(six_classes, *options, "--epochs", 1)
+    warning = "warning: the loss of epoch 1 is not a finite number, at learning rate 9e+29; its training ends here\n"
+    assert warning in capsys.readouterr().out
+    script(six_classes, *options, "--epochs", 2, "--resume", "auto")
     out = capsys.readouterr().out
-    assert "warning: the loss of epoch 1 is not a finite number, at learning rate 9e+29; its training ends here\n" in out
+    assert warning in out
+    assert "epoch 1/2  test_acc" not in out  # the other had finished that epoch
+    assert "epoch 2/2  test_acc_1e-07 " in out
+    assert "lr 9e+29: no epoch with a finite loss\n" in out
 
 
 def plain_finetuning(folder, pretrained, names, epochs, schedule, first, gamma, wd, batch, seed):

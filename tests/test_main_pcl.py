@@ -341,7 +341,7 @@ def test_the_advice_about_numbers_that_are_not_finite_fits_the_cause(
 
 @pytest.mark.slow
 def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(image_folder, tmp_path):
-    long = ["--epochs", 6, "--save-freq", 1, "--kmeans-every", 3]
+    long = ["--epochs", 6, "--save-freq", 1, "--kmeans-every", 3, *MONITOR]
     run(image_folder, "--exp-dir", tmp_path / "whole", *long)
     assert [r["epoch"] for r in records_of(tmp_path / "whole") if "kmeans_seconds" in r] == [1, 4]
     assert all("loss_prototype" in r for r in records_of(tmp_path / "whole") if r.get("epoch", 0) > 0 and "seconds" in r)
@@ -353,6 +353,8 @@ def test_clusters_are_kept_between_e_steps_and_by_a_run_that_is_resumed_there(im
     (tmp_path / "part" / "log.jsonl").unlink()
     run(image_folder, "--exp-dir", tmp_path / "part", *long, "--resume", "auto")
     assert [r["epoch"] for r in records_of(tmp_path / "part") if "kmeans_seconds" in r] == [4]
+    whole, part = (next(r for r in records_of(tmp_path / exp_dir) if r.get("clusters_3/changed")) for exp_dir in ("whole", "part"))
+    assert part["clusters_3/changed"] == whole["clusters_3/changed"]
     for epoch in (3, 5):
         assert_same(weights(tmp_path / "part", epoch), weights(tmp_path / "whole", epoch))
     # With an E-step at each epoch again, the kept clusters do not count.

@@ -136,6 +136,13 @@ def test_with_sharded_features_the_main_process_looks_at_its_own(images, record,
     torch.testing.assert_close(state["granularities"][0]["cosine"], whole[1::2])
 
 
+def test_a_rank_with_one_image_measures_no_knn(images, record, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "get_world_size", lambda: 37)
+    Monitor(images, None, 1, record).measure(0, None, torch.ones(1, 4), range(0, 37, 37), [clustering_of([0] * 37, 1)])
+    assert "clusters_1/purity" in last_record(tmp_path)
+    assert "knn_train" not in last_record(tmp_path)
+
+
 @pytest.mark.gpu
 def test_features_on_a_gpu_give_the_same_figures(images, record, tmp_path):
     features = F.normalize(torch.randn(37, 4), dim=1)

@@ -152,6 +152,24 @@ def fall_silent(device, args, plan):
     time.sleep(60)
 
 
+def cluster_for_long(device, args, plan):
+    launch.watch._silence = 6
+    time.sleep(2)
+    if get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_ends_the_others_as_stopped(two_ranks, capfd):
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        two_ranks(cluster_for_long)
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out.count("stopped: go on with --resume auto"), err) == (PREEMPTED, 1, "")
+    assert time.monotonic() - start < 50
+
+
 def fail_alone(device, args, plan):
     if get_rank() == 1:
         raise RunError("the sky is falling")

@@ -34,12 +34,20 @@ class Monitor:
     """Logs what tells whether a run learns: after each E-step, and every `freq` epochs of warm-up; where that is 0, nothing.
 
     The folders of the training images are the labels; `val_loader` has this rank's share of the validation images.
+    `clusterings` are the last ones of a resumed run.
     """
 
-    def __init__(self, images: IndexedFolder, val_loader: DataLoader | None, freq: int, record: RunLog) -> None:
+    def __init__(
+        self, images: IndexedFolder, val_loader: DataLoader | None, freq: int, record: RunLog,
+        clusterings: Sequence[Clustering] = ()
+    ) -> None:  # fmt: skip
         self.label = torch.from_numpy(images.labels) if len(np.unique(images.labels)) > 1 else None  # (N,)
         self.val_loader, self.freq, self.record = val_loader, freq, record
-        self.previous: list[Tensor] = []  # the clusters (N,) of each granularity at the last E-step
+        self.remember(clusterings)
+
+    def remember(self, clusterings: Sequence[Clustering]) -> None:
+        """Keep the clusters (N,) of each granularity, to compare those of the next E-step with."""
+        self.previous = [clustering.im2cluster.to("cpu", torch.int32) for clustering in clusterings]
 
     def is_due(self, epoch: int) -> bool:
         """Whether to measure at this epoch of the warm-up, which needs a pass over the images for that alone."""
@@ -58,7 +66,7 @@ class Monitor:
             return
         start = start or time.monotonic()
         jobs: dict[str, Callable[[], dict[str, float]]] = {}
-        if self.label is not None:
+        if self.label is not None and len(self.label) > get_world_size():  # an image has others beside it
             label = self.label[seen.start : seen.stop : seen.step][:KNN_POOL]
             jobs["knn_train"] = lambda: {"accuracy": leave_one_out_accuracy(features[:KNN_POOL], label)}
         if self.val_loader is not None:
@@ -81,7 +89,7 @@ class Monitor:
             found["monitor_seconds"] = time.monotonic() - start
             self.record.metrics(epoch, **found)
             _tell(epoch, found, [len(c.prototypes) for c in clusterings])
-        self.previous = [clustering.im2cluster.to("cpu", torch.int32) for clustering in clusterings]
+        self.remember(clusterings)
 
     def _of_clusters(
         self, epoch: int, clustering: Clustering, agreement: Sequence[float] | None, stability: Sequence[float] | None

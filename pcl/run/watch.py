@@ -125,6 +125,9 @@ class Watch:
         if self._leaving:
             time.sleep(60)  # the other thread is at it
         self._leaving = True
+        if store := self._answering_store:  # this process is gone before it talks again
+            with suppress(RuntimeError):
+                store.set("stop", str(int(self.stop_signal)))
         if self._rank == 0:
             if self._world > 1:
                 time.sleep(3)  # the others are to hear of it before the store is gone
@@ -143,13 +146,16 @@ class Watch:
     def publish_failure(self, reason: str) -> bool:
         """Let the other processes end with the reason of this one's failure; False if one of this machine was first."""
         first = {"rank": self._rank, "node": self._node, "reason": reason}
-        store = self._store
-        if store and time.monotonic() - self._heard < SILENCE / 6:  # it answers
+        if store := self._answering_store:
             with suppress(RuntimeError):
                 first = json.loads(store.compare_set("failure", "", json.dumps(first)))
             if self._rank == 0:
                 time.sleep(3)  # the store ends with this process; the others look at it every second
         return first["rank"] == self._rank or first["node"] != self._node
+
+    @property
+    def _answering_store(self) -> dist.Store | None:
+        return self._store if time.monotonic() - self._heard < SILENCE / 6 else None
 
     def close(self) -> None:
         """Stop watching, and handle signals as before."""
