@@ -79,7 +79,8 @@ def main() -> None:
     with parser.telling(2):
         plan = check(parser, args)
     if plan.epoch >= args.epochs:
-        log(f"nothing is left to do: {plan.resume} has {plan.epoch} epochs, --epochs asks for {args.epochs}")
+        if plan.place.rank == 0:
+            log(f"nothing is left to do: {plan.resume} has {plan.epoch} epochs, --epochs asks for {args.epochs}")
         return
     with parser.telling(1):
         launch.launch(train, args, plan)

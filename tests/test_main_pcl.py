@@ -212,6 +212,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(image_folder, fin
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("processes were started"))
     run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
     assert "nothing is left to do: " in capsys.readouterr().out
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 7}.items():
+        monkeypatch.setenv(name, str(value))
+    run(image_folder, "--exp-dir", tmp_path, "--resume", "auto")
+    assert capsys.readouterr().out == ""  # process 0 tells
 
 
 @pytest.mark.slow
@@ -707,7 +711,7 @@ def test_a_wrong_command_line_is_one_line_with_its_remedy(wrong, places, tmp_pat
     ("seconds", "workers", "options", "expected"),
     [
         (0.5, 8, [], "computing takes 95% of the time"),
-        (4, 3, [], "waiting for data takes 40% of the time; what would help: more loader processes (-j 3 of 8 cores)"),
+        (4, 3, [], "waiting for data takes 40% of the time; what would help: more loader processes (-j is 3, the cores are 8)"),
         (4, 8, [], "--augment-on device"),
         (4, 8, ["--augment-on", "device"], "faster storage"),
     ],

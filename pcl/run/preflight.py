@@ -204,7 +204,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
             plan = replace(plan, seed=state["seed"], deterministic=state["deterministic"])
     elif plan.epoch >= args.epochs:
         parser.error(f"--start-epoch {plan.epoch}: the epochs of --epochs {args.epochs} are 0 to {args.epochs - 1}")
-    for note in notes:  # printed last: an error must be the only line
+    for note in notes if plan.place.rank == 0 else []:  # printed last: an error must be the only line
         warn(note)
     return plan, state
 

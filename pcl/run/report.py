@@ -59,7 +59,7 @@ def advise(means: dict[str, float], args: Namespace, plan: Plan) -> None:
         log(f"computing takes {1 - waiting:.0%} of the time, loading does not hold it up; what would help: {remedy}")
         return
     if plan.workers < plan.place.cores:
-        remedy = f"more loader processes (-j {processes * plan.workers} of {processes * plan.place.cores} cores)"
+        remedy = f"more loader processes (-j is {processes * plan.workers}, the cores are {processes * plan.place.cores})"
     elif args.augment_on == "workers":
         remedy = "--augment-on device, which leaves the loader's processes a quarter of their work"
     else:
