@@ -89,7 +89,7 @@ def main() -> None:
 
 def parse(parser: cli.Parser) -> Namespace:
     """Parse the command line; with --finetune, the paper's settings take the place of the linear probe's defaults."""
-    args = parser.parse_args()
+    args = options.parse_evaluation(parser)
     if args.finetune:
         percent = args.percent
         if args.subset:
@@ -120,8 +120,8 @@ def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
     for head in [head for head in model.heads if head.state][:1]:
         note_changes(head.state, {"image_size": str(args.image_size)} if evaluate else head.settings(args, plan))
     log(f"machine: {describe_machine()}")
-    inputs.note_image_size(args)
-    log(f"data: {len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes")
+    data = f"{len(train_set)} training and {len(val_set)} validation images, {len(val_set.classes)} classes"
+    log(f"data: {data}, at {args.image_size} pixels")
     inputs.check_same_images(val_root, val_set)
     for line in [*train_set.layout_notes(), *val_set.layout_notes()] if is_main() else []:
         log(line)

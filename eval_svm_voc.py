@@ -54,8 +54,8 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
-    parser.add_argument("--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
-    parser.add_argument("--num-workers", type=cli.processes, default=8, metavar="N",
+    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
+    parser.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
     # fmt: on
     return parser
@@ -63,7 +63,7 @@ def get_parser() -> cli.Parser:
 
 def main() -> None:
     parser = get_parser()
-    args = parser.parse_args()
+    args = options.parse_evaluation(parser)
     network, source, train, test = open_all(parser, args)
     with parser.telling(1):
         evaluate(network, source, train, test, args)
@@ -123,8 +123,7 @@ def check(train: Any, test: Any, shots: int) -> None:
 def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, args: Namespace) -> None:
     """Everything that the options ask for."""
     log(f"machine: {describe_machine()}")
-    inputs.note_image_size(args)
-    log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes")
+    log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes, at {args.image_size} pixels")
     start = time.monotonic()
     labels, drawn = [labels_of(images) for images in (train, test)], None
     if args.folder and args.low_shot:  # of very many images, those that are drawn are enough

@@ -165,7 +165,10 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         CheckpointError: also if a key is missing or unexpected, or a weight is not finite: weights are never random.
     """
     state = load(path)
-    arch = arch or state.get("arch")
+    named = state.get("arch")
+    if arch and named in architectures() and named != arch:
+        raise CheckpointError(f"{path} holds a {named}, not a {arch}: leave --arch out")
+    arch = arch or named
     if arch not in architectures():
         raise CheckpointError(f"{path} names {f'{arch}, which is unknown' if arch else 'no architecture'}; name it with --arch")
     weights = weights_of(path, state)
@@ -192,7 +195,7 @@ def load_probe(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     state = load(path)
     names = ["epoch", "arch", "state_dict", "optimizer", "classes", "seed", "deterministic", "source", "history"]
     if wrong := wrong_fields(state, names):
-        raise CheckpointError(f"{path} is not a checkpoint of a linear probe: {wrong}")
+        raise CheckpointError(f"{path} is not a checkpoint of a linear probe: {wrong}; a pre-trained one goes to --pretrained")
     arch, classes = state["arch"], state["classes"]
     if arch not in architectures():
         raise CheckpointError(f"{path}: a probe of {arch} cannot be opened again")

@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str, code: int = 2) -> NoReturn:
         """End with one line."""
+        if match := re.match("unrecognized arguments: (--[^ =]+)", message):
+            near = get_close_matches(match[1], self._option_string_actions, 1, cutoff=0.9)
+            message += f"; did you mean {near[0]}?" if near else "; --help lists the options"
         self.exit(code, f"{self.prog}: error: {printable(message)}\n")
 
     @contextmanager

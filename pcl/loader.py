@@ -39,7 +39,7 @@ from pcl.images import read_image, read_tensor, why_unreadable  # noqa: F401
 from pcl.terminal import shielded
 
 LET_GO = 0.1  # seconds that gloo's threads have for what they do in microseconds
-FEWER = "fewer loader processes, or none (-j 0; with eval_svm_voc.py --num-workers 0)"
+FEWER = "fewer loader processes, or none (-j 0)"
 REMEDIES = {  # by the words of an error in loading, which may be a worker's
     "shared memory|No space left|Bus error": (
         f"/dev/shm, through which loader processes send batches, is full: enlarge it (docker run --shm-size=8g), or use {FEWER}"

@@ -98,7 +98,7 @@ def find_folder(root: Path, split: str) -> Path:
         other_years = ", ".join(sorted(other))
         hint = f"; there is {other_years}, but only the test labels of VOC2007 are public: give a folder that holds it"
     for above in reversed(root.resolve().parents[:3]):
-        if [*above.glob(name), *above.glob(f"*/{usual}{name}")]:
+        if [*above.glob(name), *above.glob(usual + name), *above.glob(f"*/{usual}{name}")]:
             hint = f"; give {above} instead, which has it"
     raise VOCError(f"{root / usual / name}: no such file{hint}")
 

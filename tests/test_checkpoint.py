@@ -269,8 +269,11 @@ def test_a_backbone_with_other_keys_is_an_error_that_names_them(tmp_path):
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match=r"missing conv1\.0\.weight; unexpected extra; of another shape conv5\.0\.weight"):
         load_backbone(tmp_path / "c.pt")
-    with pytest.raises(CheckpointError, match="does not fit resnet18"):
+    with pytest.raises(CheckpointError, match=f"c.pt holds a {ARCH}, not a resnet18: leave --arch out"):
         load_backbone(tmp_path / "c.pt", "resnet18")
+    torch.save(state["state_dict"], tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match="does not fit resnet18"):
+        load_backbone(tmp_path / "plain.pt", "resnet18")
     state = published(moco())
     del state["state_dict"]["module.encoder_q.conv5.1.running_var"]
     torch.save(state, tmp_path / "c.pt")

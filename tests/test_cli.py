@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -287,6 +288,26 @@ def compare_images(device, args, plan):
         except RunError as error:
             found.append(str(error))
     save_result(args, found=found)
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ("--pretrained own", 40),
+        ("--pretrained own --image-size 96", 96),
+        ("--pretrained released", 224),
+        ("--pretrained released --resume own", 40),
+        ("--pretrained missing", 224),
+        ("--random-init", 224),
+        ("--resume auto", 224),
+    ],
+)
+def test_an_evaluation_takes_the_size_that_its_checkpoint_tells(tmp_path, monkeypatch, words, size):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"args": {"image_size": "40"}}, "own")
+    torch.save({"state_dict": {}}, "released")
+    monkeypatch.setattr(sys, "argv", ["eval_cls_imagenet.py", "DIR", *words.split()])
+    assert options.parse_evaluation(eval_cls_imagenet.get_parser()).image_size == size
 
 
 @pytest.mark.dist

@@ -225,7 +225,7 @@ WRONG = {
     "no weights named": ("{root}", spoil_nothing, "--random-init"),
     "both": ("{root} --random-init --pretrained {checkpoint}", spoil_nothing, "--random-init"),
     "no such checkpoint": ("{root} --pretrained nowhere.pth", spoil_nothing, "nowhere.pth: no such file"),
-    "another network": ("{root} --pretrained {checkpoint} -a resnet18", spoil_nothing, "does not fit resnet18: missing"),
+    "another network": ("{root} --pretrained {checkpoint} -a resnet18", spoil_nothing, "not a resnet18: leave --arch out"),
     "no positive": ("{root} --random-init -a resnet18", remove_positives, "class dog has 0 positive images in test"),
     "k too large": ("{root} --random-init -a resnet18 --low-shot", spoil_nothing, "positive images in trainval; 30 are needed"),
     "unreadable image": ("{root} --random-init -a resnet18 --num-workers 2", break_image, "cannot read the image"),

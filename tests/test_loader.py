@@ -471,7 +471,7 @@ def run_out_of_memory():
 
 FAILURES = {
     "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "a loader process has ended, usually for lack of memory"),
-    "shared memory": (run_out_of_shared_memory, r"/dev/shm, .* --shm-size=8g\), or use fewer .*-j 0; .*--num-workers 0"),
+    "shared memory": (run_out_of_shared_memory, r"/dev/shm, .* --shm-size=8g\), or use fewer .*-j 0"),
     "open files": (run_out_of_files, "ulimit -n 4096"),
     "open files while a batch is sent": (Unsendable, "ulimit -n 4096"),
     "memory": (run_out_of_memory, "out of memory while loading"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pcl.checkpoint import CheckpointError, load_backbone, trained_at
+from pcl.checkpoint import CheckpointError, load_backbone
 from pcl.cli import Parser
 from pcl.distributed import available_cores, equal_on_all_ranks, is_main
 from pcl.errors import INTERRUPTED, RunError
@@ -173,10 +173,3 @@ def open_backbone(args: Namespace) -> tuple[nn.Module, dict[str, str]]:
         raise CheckpointError(f"--pretrained: {error}") from error
     digest = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
     return network, {"arch": arch, "weights": args.pretrained, "sha256": digest}
-
-
-def note_image_size(args: Namespace) -> None:
-    """Say so if the backbone is evaluated at another size than it was trained at."""
-    trained = trained_at(args.pretrained) if args.pretrained else None
-    if trained not in (None, args.image_size):
-        log(f"note: the backbone was trained at {trained} pixels, not {args.image_size}; --image-size {trained} would match")

@@ -3,6 +3,7 @@
 import math
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def add_backbone(parser: Parser) -> None:
     group.add_argument("--small-stem", action="store_true",
                        help="with --random-init, the stem of main_pcl.py --small-stem; a checkpoint's own is recognized")
     group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
-                       help="side of the center crop, from images scaled to 8/7 of it")
+                       help="side of the center crop, from images scaled to 8/7 of it; a checkpoint that tells its own sets it")
 # fmt: on
 
 
@@ -147,6 +148,16 @@ def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> Namespac
         parser.set_defaults(**fitted(args.fit, args.epochs, parser.parse_args(words).batch_size))
         args = parser.parse_args(words)
     return args
+
+
+def parse_evaluation(parser: Parser) -> Namespace:
+    """Parse a command line with `add_backbone`'s options; unless --image-size is given, a checkpoint's own size is taken."""
+    args = parser.parse_args()
+    for file in filter(None, (getattr(args, "resume", None), args.pretrained)):
+        with suppress(checkpoint.CheckpointError):  # told where it is opened
+            if size := checkpoint.trained_at(file):
+                parser.set_defaults(image_size=size)
+    return parser.parse_args()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, args: Namespace, epoch: int, *first: float) -> float:

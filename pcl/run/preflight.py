@@ -164,8 +164,9 @@ def check_number(parser: Parser, args: Namespace, plan: Plan) -> None:
     num_images = plan.num_images
     if num_images < plan.global_batch:
         parser.error(f"--batch-size: {plan.global_batch} images in a step, but {plan.images} holds {num_images}; lower it")
-    if args.warmup_epoch < args.epochs and max(args.num_cluster) > num_images:
-        parser.error(f"--num-cluster {max(args.num_cluster)}: more clusters than the {num_images} images; lower it")
+    most = max(args.num_cluster)
+    if args.warmup_epoch < args.epochs and most > num_images:
+        parser.error(f"--num-cluster {most}: more clusters than the {num_images} images; lower it, or let --fit choose")
 
 
 def check_lone_image(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> None:
@@ -190,8 +191,8 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
             parser.error(f"--resume auto: no checkpoint of {args.exp_dir} can be opened; move them away to start over")
     plan = replace(plan, resume=resume, epoch=args.start_epoch)
     try:
-        check_other_run(args, plan)
         state = checkpoint.load_for_resume(resume, model, args.arch) if resume else None
+        check_other_run(args, plan)
         if args.init and not resume:
             checkpoint.load_init(args.init, model, args.arch)
     except checkpoint.CheckpointError as error:
@@ -216,6 +217,6 @@ def check_other_run(args: Namespace, plan: Plan) -> None:
         return
     if not plan.resume:
         if [*args.exp_dir.glob("log.jsonl"), *args.exp_dir.glob("checkpoint_*")]:
-            raise RunError(f"{folder} holds another run; name another folder, or give --resume to go on with it")
+            raise RunError(f"{folder} holds another run; name another folder, or go on with it (--resume auto)")
     elif (newest := kept.newest(args.exp_dir)) and newest.resolve() != Path(plan.resume).resolve():
         raise RunError(f"--resume: {folder} holds a newer checkpoint, {newest.name}; move it away, or name another folder")

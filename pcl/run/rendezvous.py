@@ -116,8 +116,9 @@ def _number_of(variable: str, limit: int = 2**16) -> int | None:
 
 
 def _missing(variable: str) -> RunError:
+    given = ", ".join(name for names in LAUNCHERS for name in names if os.environ.get(name))
     return RunError(
-        f"{variable} is not set, but other variables say that a launcher has started this as one of several processes; "
+        f"{variable} is not set, but a launcher seems to have started this as one of several processes (set: {given}); "
         "set it too, as torchrun does, or unset those to train alone"
     )
 
