@@ -26,7 +26,7 @@ from pcl import checkpoint, cli, networks
 from pcl.builder import MoCo
 from pcl.clustering import Clustering, cluster_all
 from pcl.distributed import gather_interleaved, get_rank, is_main, seed_everything, shared_map, wait_for_all
-from pcl.features import extract_share
+from pcl.features import extract_own
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank, make_loader
 from pcl.losses import instance_logits, prototype_loss
 from pcl.run import inputs, kept, launch, monitor, options, preflight, report
@@ -160,7 +160,7 @@ def train(device: torch.device, args: Namespace, plan: Plan) -> None:
             save(wrapped, optimizer, progress, args, plan)
         elif epoch < args.warmup_epoch and progress.steps == 0 and watcher.is_due(epoch):
             measure(model, center_loader, epoch, args, plan, watcher)
-        with launch.watch.finish_before_leaving():
+        with launch.watch.finish_before_leaving():  # after a signal to stop, it saves first
             means = m_step(wrapped, train_loader, optimizer, progress, args, plan, record)
             progress = progress.next(args)
             save(wrapped, optimizer, progress, args, plan, finished=True)
@@ -217,7 +217,7 @@ def momentum_features(
     num_images, device = len(loader.dataset), model.queue.device
     own = indices_of_rank(num_images)
     with autocast(args, device):
-        features = extract_share(model, track(loader, label), len(own), device)
+        features = extract_own(model, track(loader, label), len(own), device)
     report.check_features(features, label, epoch, args, plan)
     if args.kmeans == "sharded":
         return features, own
@@ -229,12 +229,12 @@ def m_step(
 ) -> dict[str, float]:
     """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from where it stands; the means of its losses."""
     epoch, clusterings, meters = progress.epoch, progress.clusterings, progress.meters
-    device, lr = model.module.queue.device, options.set_learning_rate(optimizer, args, epoch)
+    device, augmentation = model.module.queue.device, augmentation_of(args)
+    lr = options.set_learning_rate(optimizer, args, epoch)
     model.train()
     loader.sampler.set_epoch(epoch)
     loader.sampler.skip = progress.steps * loader.batch_size
-    augmentation, total = augmentation_of(args), len(loader)
-    label = f"epoch {epoch + 1}/{args.epochs}"
+    label, total = f"epoch {epoch + 1}/{args.epochs}", len(loader)
     epoch_log = EpochLog(label, total, plan.global_batch, args.print_freq, record, epoch, progress.steps)
     for step, (views, index) in epoch_log.batches(loader):
         seed_everything(plan.seed + get_rank(), epoch, step)  # nothing else is needed to go on in the middle of an epoch
@@ -257,7 +257,8 @@ def m_step(
 
         meters.add(loss=loss, **values)
         epoch_log.step(step, meters)
-        progress.steps, stop = step, launch.watch.stop_voted()
+        progress.steps = step
+        stop = launch.watch.stop_voted()
         if step < total and (stop or (args.save_steps and step % args.save_steps == 0)):
             report.check_loss(meters, epoch, args, plan)
             save(model, optimizer, progress, args, plan)
@@ -272,7 +273,8 @@ def save(
 ) -> None:
     """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
 
-    `progress` is that in the epoch to go on with. If the one before it is just `finished`, it is kept if its number says so.
+    `progress` is that in the epoch to go on with. If the epoch before it has just `finished`, the checkpoint gets a number of
+    its own after every `--save-freq` epochs and after the last.
     """
     done = progress.state_over_ranks(args, plan)
     if not is_main():

@@ -48,7 +48,7 @@ def extract_features(
     if num_images < get_world_size():
         raise RunError(f"{num_images} images for {get_world_size()} processes; start fewer (--nproc)")
     own = len(range(get_rank(), num_images, get_world_size()))
-    features = gather_interleaved(extract_share(network, loader, own, device), num_images)
+    features = gather_interleaved(extract_own(network, loader, own, device), num_images)
     if not features.sum(dim=1).isfinite().all():
         raise RunError(
             "features of images are not finite numbers: the weights are damaged, or of a run that has failed; "
@@ -58,7 +58,7 @@ def extract_features(
 
 
 @torch.no_grad()
-def extract_share(
+def extract_own(
     network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device
 ) -> Tensor:
     """`extract_features` of this rank's images alone, of which there are `num_images`: (n, C) float32."""

@@ -540,7 +540,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(image_folder, 
 
 @pytest.mark.slow
 def test_features_that_are_no_numbers_end_the_run_before_they_are_clustered(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(main_pcl, "extract_share", lambda network, loader, count, device: torch.full((count, 16), torch.nan))
+    monkeypatch.setattr(main_pcl, "extract_own", lambda network, loader, count, device: torch.full((count, 16), torch.nan))
     with pytest.raises(SystemExit) as stop:
         run(image_folder, "--exp-dir", tmp_path)
     assert stop.value.code == 1
@@ -549,7 +549,7 @@ def test_features_that_are_no_numbers_end_the_run_before_they_are_clustered(imag
 
 @pytest.mark.slow
 def test_collapsed_features_are_warned_of(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(main_pcl, "extract_share", lambda network, loader, count, device: torch.eye(16)[:1].repeat(count, 1))
+    monkeypatch.setattr(main_pcl, "extract_own", lambda network, loader, count, device: torch.eye(16)[:1].repeat(count, 1))
     run(image_folder, "--exp-dir", tmp_path, "--epochs", 2)
     out = capsys.readouterr().out
     assert out.count("warning: the features of all images are almost the same") == 1

@@ -43,12 +43,14 @@ def settings(args: Namespace, plan: Plan, images: IndexedFolder, steps: int, dev
     elif args.kmeans == "faiss" and world >= MANY_RANKS:
         log("k-means: all processes take part in each restart, as with --kmeans sharded")
     if args.warmup_epoch >= args.epochs:
-        log(f"clusters: none, the warm-up lasts for all of the {args.epochs} epochs (this is MoCo)")
+        log("clusters: none, the warm-up lasts for the whole run (this is MoCo)")
+        phase = ""
     else:
+        phase = f", prototypes from {args.warmup_epoch + 1} on"
         for k, most in zip(args.num_cluster, negatives, strict=True):
             told = few if len(images) < 10 * k else ""
             log(f"clusters: {k}, of {len(images) / k:.0f} images on average, with at most {most} negatives{told}")
-    log(f"epochs: {plan.epoch + 1} to {args.epochs}, prototypes from {args.warmup_epoch + 1} on; into {args.exp_dir}")
+    log(f"epochs: {plan.epoch + 1} to {args.epochs}{phase}; into {args.exp_dir}")
 
 
 def advise(means: dict[str, float], args: Namespace, plan: Plan) -> None:
