@@ -528,6 +528,7 @@ def scaling() -> list[str]:
 
 
 def main() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU, also where there is a GPU: benchmarks/gpu.py is for that
     parser = Parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     chosen = parser.parse_args().parts or list(PARTS)

@@ -166,6 +166,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def main() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU must not be forked
     parser = Parser(__doc__)
     parser.add_argument("--kills", type=positive, default=100, metavar="N", help=f"kills of each: {', '.join(VICTIMS)}")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the moments and the victims")

@@ -37,7 +37,10 @@ def class_clusters(features: Tensor, labels: Tensor, temperature: float) -> Clus
 
 
 def main() -> None:
-    args = main_pcl.get_parser().parse_args()
+    parser = main_pcl.get_parser()
+    args = parser.parse_args()
+    if args.nproc != 1:
+        parser.error("--nproc: give --nproc 1, since other processes would not be told the classes")
     labels = torch.from_numpy(IndexedFolder(args.data / "train", transform=None).labels)
 
     def cluster_all(features: Tensor, *_: Any, **__: Any) -> list[Clustering]:

@@ -166,7 +166,7 @@ FULL = Plan("", IMAGES, None, EPOCHS,
             rows=[*((part, SEEDS) for part in (BASELINES, *MAIN)), (ABLATIONS, ABLATION_SEEDS), (STEM, range(1))])  # fmt: skip
 QUICK = Plan("quick", 50, 50, 3, {"lr": 0.03, "r": 128, "clusters": "12,25,50", "warmup": 1})
 GPU = Plan("gpu", None, None, 200, {"lr": 0.06, "r": 4096, "clusters": "1250,2500,5000", "warmup": 20},
-           f"-b 128 --small-stem -j {available_cores()}")  # fmt: skip
+           "-b 128 --small-stem -j 8 --monitor-freq 10")  # fmt: skip
 SECOND = Plan("", IMAGES, None, EPOCHS, CHOSEN, rows=(((*BASELINES, *MAIN[0], "pcl-v2-coarse"), SEEDS),))
 TINY = Plan("resnet8", IMAGES, None, EPOCHS, arch=RESNET8,
             rows=[(part, SEEDS) for part in (BASELINES, *MAIN) if "v1" not in part[0]])  # fmt: skip
