@@ -128,12 +128,15 @@ def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Ten
     """Squared L2 distance to, and number of, the nearest centroid of each row: (n,) float32 and (n,) int64."""
     if features.device.type != "cuda":
         return clustering.nearest_centroids(features, centroids)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    matmul = torch.backends.cuda.matmul
+    new = hasattr(matmul, "fp32_precision")  # from torch 2.9 on, which refuses the old name where a caller has used the new one
+    name, value = ("fp32_precision", "tf32" if tf32 else "ieee") if new else ("allow_tf32", tf32)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
     try:
         return assign_in_tiles(features, centroids)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] = TILE) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,5 @@
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,27 @@ def test_where_faiss_cannot_use_the_gpu_products_find_as_good_clusters(monkeypat
     monkeypatch.setattr(sharded, "assign", lambda features, centroids, tf32: assign_in_tiles(features, centroids, (64, 16)))
     monkeypatch.setattr("pcl.clustering.kmeans", lambda *_: pytest.fail("faiss's k-means"))
     assert objective() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("caller", ["nobody", "an old name", "a new name"])
+def test_a_gpu_rounds_to_tf32_only_where_asked_whatever_the_caller_has_set(monkeypatch, caller, tf32):
+    matmul, seen = torch.backends.cuda.matmul, []
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    default = getattr(matmul, name)
+    monkeypatch.setattr(sharded, "assign_in_tiles", lambda *_: seen.append(getattr(matmul, name)))
+    try:
+        if caller == "an old name":
+            matmul.allow_tf32 = True
+        elif caller == "a new name" and name == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        before = getattr(matmul, name)
+        assign(Namespace(device=torch.device("cuda")), None, tf32)
+        assert seen == [{"fp32_precision": "tf32" if tf32 else "ieee", "allow_tf32": tf32}[name]]
+        assert getattr(matmul, name) == before
+    finally:
+        matmul.allow_tf32 = False
+        setattr(matmul, name, default)
 
 
 def cluster_share(device, args, plan):
