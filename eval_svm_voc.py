@@ -45,7 +45,7 @@ def get_parser() -> cli.Parser:
                         help="the folder that holds VOCdevkit/VOC2007; with --folder, train/<class>/ and val/<class>/")
     parser.add_argument("--download", action="store_true", help="fetch VOC2007 (900 MB) into DIR, unless it is there")
     parser.add_argument("--folder", action="store_true",
-                        help="DIR holds train/<class>/ and val/<class>/ instead, one label for each image: accuracy")
+                        help="train on DIR/train/<class>/, score accuracy on DIR/val/<class>/; one label for each image")
     options.add_backbone(parser)
     parser.add_argument("--low-shot", action="store_true",
                         help=f"train on k = {', '.join(map(str, SHOTS))} images of each class, {DRAWS} draws each")
@@ -53,8 +53,8 @@ def get_parser() -> cli.Parser:
                         help="cost of the SVMs; if you give several, cross-validation on the training images chooses one")
     parser.add_argument("--ignore-difficult", action="store_true",
                         help="leave difficult test images out of a class's score, as the VOC kit does (published: negative)")
-    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="of the draws, the SVMs and a random network")
-    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
+    parser.add_argument("--seed", type=cli.seed, default=0, metavar="N", help="seed of the draws, the SVMs and random weights")
+    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images in a batch")
     parser.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
     # fmt: on

@@ -39,7 +39,7 @@ from pcl.terminal import leave_on_signals
 
 
 def get_parser() -> cli.Parser:
-    """The command line: the options of the paper; those that several scripts share, or that are not the paper's, are added."""
+    """The paper's options; `pcl.run.options` adds those that scripts share and those that are not the paper's."""
     # fmt: off
     parser = cli.Parser(__doc__)
     parser.add_argument("data", type=cli.path, metavar="DIR",
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def check(parser: cli.Parser, args: Namespace) -> Plan:
-    """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
+    """Stop on what cannot work, before a process is started or a file written; return what a run needs besides its options."""
     plan = preflight.check_launch(parser, args)
     images = inputs.open_folder(parser, args.data, "train", labelled=False)
     plan = replace(plan, images=images.root, num_images=len(images))
@@ -102,8 +102,8 @@ def check(parser: cli.Parser, args: Namespace) -> Plan:
          f"--kmeans-tf32: it is an option of --kmeans sharded, not of --kmeans {args.kmeans}"),
         (args.small_stem and not networks.takes_small_stem(args.arch), networks.NO_SMALL_STEM.format(args.arch)),
         (args.bn_splits > 1 and (plan.batch % args.bn_splits or plan.batch < 2 * args.bn_splits),
-         f"--bn-splits {args.bn_splits}: a process's batch has {plan.batch} images; take a divisor of it that leaves two "
-         "images or more in a group"),
+         f"--bn-splits {args.bn_splits}: a process's batch has {plan.batch} images; choose a divisor of it that leaves "
+         "at least two images in each group"),
         (args.cos and args.schedule is not parser.get_default("schedule"),
          "--cos and --schedule exclude each other; leave one out"),
         (args.keep_every and not args.keep,
@@ -142,7 +142,7 @@ def train(device: torch.device, args: Namespace, plan: Plan) -> None:
     inputs.keep_unreadable(args.exp_dir, plan.unreadable)
     train_loader = make_loader(train_set, EpochSampler(train_set, plan.seed), plan.batch, plan.workers, drop_last=True)
     center_set = train_set.with_transform(views.center)
-    # No gradients are kept in the E-step, so that five times the images fit.
+    # The E-step keeps no activations for a backward pass, so five times as many images fit in memory.
     center_loader = make_loader(center_set, indices_of_rank(len(center_set)), 5 * plan.batch, plan.workers)
 
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -208,9 +208,9 @@ def measure(model: MoCo, loader: DataLoader, epoch: int, args: Namespace, plan: 
 def momentum_features(
     model: MoCo, loader: DataLoader, epoch: int, args: Namespace, plan: Plan, label: str
 ) -> tuple[Tensor, range]:
-    """Unit-length features of the center-cropped training images by the key encoder, and the images that they are of.
+    """The key encoder's unit-length features of the center-cropped training images, and the indices of these images.
 
-    (N, C) of all, or with sharded k-means (n, C) of those that this rank has seen.
+    (N, C) for all images; with sharded k-means (n, C) for those of this rank.
     """
     model.eval()
     model.broadcast_buffers()
@@ -227,7 +227,7 @@ def momentum_features(
 def m_step(
     model: nn.Module, loader: DataLoader, optimizer: Optimizer, progress: Progress, args: Namespace, plan: Plan, record: RunLog
 ) -> dict[str, float]:
-    """An epoch of SGD on ProtoNCE, or on InfoNCE alone during warm-up, from where it stands; the means of its losses."""
+    """Finish an epoch of SGD on ProtoNCE (InfoNCE alone during warm-up) from `progress` on; return its means and times."""
     epoch, clusterings, meters = progress.epoch, progress.clusterings, progress.meters
     device, augmentation = model.module.queue.device, augmentation_of(args)
     lr = options.set_learning_rate(optimizer, args, epoch)
@@ -237,7 +237,7 @@ def m_step(
     label, total = f"epoch {epoch + 1}/{args.epochs}", len(loader)
     epoch_log = EpochLog(label, total, plan.global_batch, args.print_freq, record, epoch, progress.steps)
     for step, (views, index) in epoch_log.batches(loader):
-        seed_everything(plan.seed + get_rank(), epoch, step)  # nothing else is needed to go on in the middle of an epoch
+        seed_everything(plan.seed + get_rank(), epoch, step)  # so no generator's state need be saved to resume within an epoch
         im_q, im_k = (augmentation.apply(view, device, args.channels_last) for view in views)  # (B, 3, H, W) each
         index = index.to(device, non_blocking=True)
         with autocast(args, device):
@@ -271,10 +271,10 @@ def m_step(
 def save(
     model: nn.Module, optimizer: Optimizer, progress: Progress, args: Namespace, plan: Plan, finished: bool = False
 ) -> None:
-    """Write a checkpoint in the published form, with what a resumed run needs besides. Every rank must call it.
+    """Write a checkpoint in the published form, plus what a resumed run needs. Every rank must call it.
 
-    `progress` is that in the epoch to go on with. If the epoch before it has just `finished`, the checkpoint gets a number of
-    its own after every `--save-freq` epochs and after the last.
+    A resumed run goes on from `progress`. `finished` says that the epoch before it has just ended: after every `--save-freq`
+    epochs and after the last one, the checkpoint is a numbered one.
     """
     done = progress.state_over_ranks(args, plan)
     if not is_main():
@@ -286,7 +286,7 @@ def save(
         checkpoint.save(args.exp_dir / f"checkpoint_{progress.epoch - 1:04d}.pth.tar", state)
         (args.exp_dir / checkpoint.LAST).unlink(missing_ok=True)
         kept.prune(args.exp_dir, args.keep, args.keep_every)
-    elif finished or progress.steps or args.save_steps:  # without --save-steps, a run saves within an epoch where it is stopped
+    elif finished or progress.steps or args.save_steps:  # with --save-steps 0, within an epoch only when stopped
         checkpoint.save(args.exp_dir / checkpoint.LAST, state)
 
 

@@ -25,9 +25,10 @@ from pcl.images import read_image, read_tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1
 CROP_SCALE = (0.2, 1.0)  # fraction of an image's area that a random view shows, as published
+# Of a `DeferredView`. "first" to "fourth" are the order of the changes: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 PARAMETERS = ("brightness", "contrast", "saturation", "hue", "first", "second", "third", "fourth", "grayscale", "radius")
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's
-TAPS = 6  # of the blur to each side: three standard deviations of the largest
+TAPS = 6  # pixels of the blur's kernel on each side: three times the largest standard deviation, 2
 
 
 class Augmentation:
@@ -55,8 +56,8 @@ class Augmentation:
 def normalize(images: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> float32, less the mean of ImageNet's pixels and divided by their standard deviation.
 
-    The result is to the bit that of torchvision's ToTensor and Normalize. Called on the batch's device, a quarter of the bytes
-    travel there. TypeError: images of another dtype, which may be normalized already.
+    The result equals that of torchvision's ToTensor and Normalize to the bit. Move the uint8 images to the device first: they
+    have a quarter of the bytes. TypeError: images of another dtype, which may be normalized already.
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images are {getattr(images, 'dtype', type(images))}; a tensor of uint8 in 0..255 is needed")
@@ -185,7 +186,7 @@ def apply_deferred(images: Tensor, parameters: Tensor, aug_plus: bool) -> Tensor
 
 
 def ordered_changes(parameters: Tensor, aug_plus: bool) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]]:
-    """(B, 10) on the CPU -> one change after the other, with the images that it is for, int64, and the factor of each."""
+    """(B, 10) on the CPU -> the changes in order, each with the indices of its images, int64, and their factors."""
     brightness, contrast, saturation, hue, *order, grayscale, radius = parameters.T  # (B,) each
     colors = [(_brightness, brightness, 1), (_contrast, contrast, 1), (_saturation, saturation, 1), (_hue, hue, 0)]
     changes = [

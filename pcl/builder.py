@@ -1,6 +1,6 @@
 """The model: a query encoder, its momentum copy, and a queue of keys (MoCo; PCL, section 3.1).
 
-Letters: N images, B batch of this rank, W ranks, C features, r length of the queue.
+Letters: B batch of this rank, W ranks, C features, r length of the queue.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class MoCo(nn.Module):
         """Move the key encoder's weights a step towards the query encoder's; its BatchNorm statistics are its own."""
         keys: list[Tensor] = list(self.encoder_k.parameters())
         queries: list[Tensor] = list(self.encoder_q.parameters())
-        if self.queue.device.type == "cpu":  # no memory but theirs, and a key's weights are read again while in the cache
+        if self.queue.device.type == "cpu":  # weight by weight: no extra memory, the second operation finds it cached
             one = torch.ones((), dtype=queries[0].dtype)
             for key, query in zip(keys, queries, strict=True):  # `add_` with alpha would round once less than published
                 key.mul_(self.m).addcmul_(query, one, value=1 - self.m)
@@ -83,7 +83,7 @@ class MoCo(nn.Module):
         """
         order = broadcast(torch.randperm(get_world_size() * len(im_k), device=talking_device())).cpu()  # (W * B,)
         mine = exchange(im_k, order.view(get_world_size(), -1))  # (B, 3, H, W)
-        if im_k.is_contiguous(memory_format=torch.channels_last):  # which sending has undone
+        if im_k.is_contiguous(memory_format=torch.channels_last):  # exchange does not keep the layout
             mine = mine.contiguous(memory_format=torch.channels_last)
         keys = gather(F.normalize(self.encoder_k(mine).float(), dim=1))  # (W * B, C)
         return keys[on_device(order.argsort(), keys.device)]
@@ -112,7 +112,7 @@ class MoCo(nn.Module):
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with training statistics of each of S = `splits` groups of B / S images in order, as if on S GPUs.
+    """BatchNorm that in training normalizes each of S = `splits` groups of B / S consecutive images apart, as S GPUs would.
 
     The running statistics become the mean of those that each group alone would give. Eval mode is as for `nn.BatchNorm2d`.
     """

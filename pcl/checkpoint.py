@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, opened without running code, loaded with exact keys.
 
-Write the backbone of one for torchvision, without its fc (`pcl.export` has further formats):
+Export a checkpoint's backbone for torchvision, without fc (`pcl.export` has further formats):
 
     python -m pcl.checkpoint export CHECKPOINT OUT.pth
 """
@@ -26,7 +26,7 @@ NAMES = "checkpoint_*.pth.tar"  # in a run's folder: finished epochs by number, 
 LAST = "checkpoint_last.pth.tar"
 LAST_E_STEP = "e_step.pth.tar"  # in the same folder, for pcl.figures
 
-# Types of the fields that no step of a rehearsal uses; `type(True) is int` is false.
+# Types of the fields that `_rehearse_step` does not try. They are compared by `type`, since True is an int for `isinstance`.
 TYPES: dict[str, tuple[type, ...]] = {
     **{"epoch": (int,), "steps": (int,), "seed": (int, type(None)), "deterministic": (bool,)},
     **{"classes": (list,), "source": (dict,), "history": (list,)},
@@ -114,7 +114,7 @@ def load_for_resume(path: str | Path, model: nn.Module, arch: str) -> dict[str, 
     """Load a pre-training checkpoint; its weights go into `model`, an `arch` on any device ("meta" too) without DDP around it.
 
     Raises:
-        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a field is none of a run's.
+        CheckpointError: also if architecture, keys or shapes differ, weights are not finite, or a field is wrong.
     """
     state = {"seed": None, "deterministic": False, "steps": 0} | load(path)  # the published program writes none of these
     if wrong := wrong_fields(state, ["epoch", "arch", "state_dict", "optimizer", "seed", "deterministic", "steps"]):
@@ -247,7 +247,7 @@ def _rehearse_step(path: str | Path, saved: dict[str, Any], parameters: Iterable
 
 
 def _load_exactly(path: str | Path, network: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Load what torch takes with `strict=True`; old files, for example, lack `num_batches_tracked`."""
+    """Load with `strict=True`, for which torch accepts old files that lack `num_batches_tracked`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a network on the meta device stays there

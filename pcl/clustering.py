@@ -3,7 +3,7 @@
     from pcl.clustering import cluster
     clustering = cluster(features, num_cluster=100, temperature=0.2)  # features (N, C) float32, of any origin
 
-An argument that cannot be right raises a TypeError or ValueError that names it.
+An invalid argument raises a TypeError or ValueError that names it.
 Letters: N images (or whatever the rows stand for), C features, K prototypes.
 """
 
@@ -26,8 +26,9 @@ ITERATIONS = 20  # published setting (faiss: niter)
 MAX_POINTS = 1000  # published setting: k-means sees at most that many images for each centroid
 RESTART_SEED_STEP = 15486557  # what faiss adds to the seed of each further restart
 CHUNK = 2**16  # rows that are held in double precision at once
-MANY_RANKS = 16  # from which all ranks take part in each restart: 15 unequal ones keep 16 ranks busy for half the time
-LARGEST = 1e15  # of a feature, so that its square is far within float32
+# With so many ranks, all take part in each restart: one rank each, the 15 unequal restarts would keep 16 busy half the time.
+MANY_RANKS = 16
+LARGEST = 1e15  # bound on a feature's size: its square is far within float32
 
 Array = Tensor | np.ndarray
 
@@ -84,7 +85,7 @@ def concentration_of_sums(size: Tensor, spread: Tensor, temperature: float, alph
     # The published order: percentiles first, then the mean of the clipped values.
     low, high = np.percentile(phi.cpu().numpy(), [10, 90])
     phi = phi.clamp(low, high)
-    # If more than a tenth of the clusters hold identical images, phi would be 0 and the loss not a number.
+    # If more than a tenth of the clusters hold identical images, their phi would be 0 and the loss NaN.
     positive = phi[phi > 0]
     phi = phi.clamp(min=float(positive.min())) if len(positive) else torch.ones_like(phi)
     return temperature * phi / phi.mean()
@@ -100,7 +101,7 @@ def kmeans(
         features: (N, C) float, N >= K.
         seed: of the whole run (all its restarts), any integer; faiss takes 31 bits of it.
         restart: 0..RESTARTS-1.
-        device: a CUDA device clusters there if this faiss can; anything else on the CPU.
+        device: a CUDA device, used if this build of faiss can; otherwise faiss runs on the CPU.
         algorithm: "super" is faiss's SuperKMeans, on the CPU, for C >= 32: it skips centroids that are unlikely to be nearest.
 
     Returns:
@@ -144,7 +145,7 @@ def permutation(count: int, seed: int) -> np.ndarray:
 
 
 def assign_and_measure(features: Array, centroids: Array, temperature: float, device: torch.device | None = None) -> Clustering:
-    """Assign features (N, C) to their nearest raw centroid (K, C), both float32; the clustering, on the CPU."""
+    """Assign features (N, C) to their nearest raw centroid (K, C), both float32; return the clustering, on the CPU."""
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
     phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
@@ -152,7 +153,7 @@ def assign_and_measure(features: Array, centroids: Array, temperature: float, de
 
 
 def nearest_centroids(features: Array, centroids: Array, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Squared L2 distance (N,) float32 to, and number (N,) int64 of, the nearest of (K, C) centroids; on the CPU."""
+    """The nearest of (K, C) centroids: its squared L2 distance, (N,) float32, and its index, (N,) int64; on the CPU."""
     features, centroids = _points(features=(features, "n C"), centroids=(centroids, "K C"))
     index = _flat_index(features.shape[1], device)
     index.add(centroids)
@@ -161,7 +162,7 @@ def nearest_centroids(features: Array, centroids: Array, device: torch.device | 
 
 
 def nearest_neighbours(known: Array, query: Array, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Inner products (Q, k) float32, largest first, of queries (Q, C) with rows of `known` (N, C), and their numbers, int64."""
+    """The k largest inner products of each query (Q, C) with rows of `known` (N, C): (Q, k) float32, and row indices, int64."""
     known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)
     index.add(known)
@@ -221,7 +222,7 @@ def cluster_all(
         found = assign_and_measure(points, centroids[job], temperature, device)
         return found.im2cluster, prototypes_of(centroids[job]), found.concentration
 
-    # Jobs of the same cost are done where they were before: the centroids need not travel.
+    # Equal costs give each rank the same jobs as before, so centroids need not be sent.
     return [Clustering(*found).to(device) for found in share(measure, jobs, cost) if len(found)]
 
 
@@ -245,10 +246,10 @@ def jobs_of(num_clusters: Sequence[int], seeds: Sequence[int] | None, num_images
 def held_by_float32(
     features: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Callable[[Array], Tensor]]:
-    """Shift and scale rows (N, C) if float32 would lose their distances; the rows, and what makes prototypes of centroids.
+    """Shift and scale rows (N, C) if float32 would lose their distances; return them and a map from centroids to prototypes.
 
-    The clusters do not depend on it, but faiss's distances are differences of squares: a common part far larger than the
-    spread leaves nothing of them. Other rows, such as PCL's of unit length, stay as they are. `add_up` sums over the ranks.
+    Shift and scale do not change the clusters, but faiss's distances are differences of squares, which cancel if the mean is
+    far larger than the spread. Other rows, such as PCL's of unit length, stay as they are. `add_up` sums over the ranks.
     """
     dim = features.shape[1]
     sums = features.new_zeros(dim + 3, dtype=torch.float64)  # sum of rows, of their squares; rows not of unit length; rows
@@ -290,7 +291,7 @@ def _flat_index(dim: int, device: torch.device | None, metric: int = faiss.METRI
     device = torch.device(device or "cpu")
     if device.type != "cuda" or faiss_lacks(device):
         return faiss.IndexFlat(dim, metric)
-    torch.cuda.empty_cache()  # faiss takes its memory beside PyTorch's, which still holds what training took
+    torch.cuda.empty_cache()  # faiss allocates beside PyTorch, whose cache still holds training's memory
     config = faiss.GpuIndexFlatConfig()
     config.device = device.index or 0
     return faiss.GpuIndexFlat(faiss.StandardGpuResources(), dim, metric, config)

@@ -53,7 +53,7 @@ def get_parser() -> cli.Parser:
     """The command line."""
     parser = cli.Parser(__doc__, "python -m pcl.checkpoint")
     command = parser.add_subparsers(dest="command", required=True).add_parser("export", help="write a backbone without its fc")
-    command.add_argument("checkpoint", type=cli.path, help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
+    command.add_argument("checkpoint", type=cli.path, help="of main_pcl.py or of released PCL, or a torchvision state dict")
     command.add_argument("out", type=cli.path, help="a new file that ends in .pth, .safetensors or .pkl, or a new folder")
     command.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
     return parser

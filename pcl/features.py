@@ -1,10 +1,10 @@
-"""Features of a data set through a network, and what they are worth: kNN, clusters, logistic regression.
+"""Compute the features of a data set with a frozen network, and evaluate them: kNN, clusters, logistic regression.
 
     python -m pcl.features CHECKPOINT DIR                                   features of the backbone, kNN
     python -m pcl.features CHECKPOINT DIR --momentum --num-cluster 25000    momentum features, kNN and AMI as in the paper
     python -m pcl.features CHECKPOINT DIR --logistic --out my_features      logistic regression, scored on DIR/val/<class>/
 
-Letters: N images, C features, K clusters.
+The folder of --out then holds the features, the names of their images, a table of each clustering, and results.json.
 """
 
 import os
@@ -27,6 +27,8 @@ from pcl.loader import IndexedFolder, make_loader
 from pcl.networks import architectures
 from pcl.terminal import leave_on_signals
 
+# Letters: N images, n of them on this rank, B batch, C features.
+
 
 def extract_features(
     network: Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], num_images: int, device: torch.device
@@ -35,7 +37,7 @@ def extract_features(
 
     Args:
         network: (B, 3, H, W) -> (B, C), in eval mode.
-        loader: batches of this rank's images (`pcl.loader.indices_of_rank`), uint8, and their indices, which rise.
+        loader: batches of this rank's images (`pcl.loader.indices_of_rank`), uint8, and their indices, in increasing order.
         num_images: N, on all ranks together.
         device: where the network is.
 
@@ -129,15 +131,21 @@ def get_parser() -> cli.Parser:
     # fmt: off
     parser = cli.Parser(__doc__, "python -m pcl.features")
     parser.add_argument("checkpoint", type=cli.path, metavar="CHECKPOINT",
-                        help="of main_pcl.py, a released one of PCL, or a torchvision state dict")
-    parser.add_argument("data", type=cli.path, metavar="DIR", help="holds train/<class>/ and perhaps val/, <class>/, or images")
-    parser.add_argument("-a", "--arch", choices=architectures(), metavar="NAME", help="by default the one that the file names")
-    parser.add_argument("--out", type=cli.path, default=Path("features"), metavar="FOLDER", help="for the results")
-    parser.add_argument("--momentum", action="store_true", help="the momentum encoder's features with its head, of unit length")
-    parser.add_argument("--num-cluster", type=cli.integers, default=[], metavar="K,K,...", help="k-means as in the E-step")
-    parser.add_argument("--logistic", action="store_true", help="logistic regression, scored on val/")
-    parser.add_argument("--image-size", type=cli.side, metavar="PIXELS", help="by default what the checkpoint says, else 224")
-    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images passed through at once")
+                        help="a checkpoint of main_pcl.py or of released PCL, or a torchvision state dict")
+    parser.add_argument("data", type=cli.path, metavar="DIR",
+                        help="the folder that holds train/<class>/ (and val/<class>/), or <class>/, or images alone")
+    parser.add_argument("-a", "--arch", choices=architectures(), metavar="NAME",
+                        help="architecture, by default the one that the checkpoint names")
+    parser.add_argument("--out", type=cli.path, default=Path("features"), metavar="FOLDER", help="folder of the results")
+    parser.add_argument("--momentum", action="store_true",
+                        help="use the momentum encoder with its head, not the backbone; features of unit length")
+    parser.add_argument("--num-cluster", type=cli.integers, default=[], metavar="K,K,...",
+                        help="cluster the training images by k-means, as in the E-step")
+    parser.add_argument("--logistic", action="store_true",
+                        help="fit logistic regression to the training images and score it on val/")
+    parser.add_argument("--image-size", type=cli.side, metavar="PIXELS",
+                        help="side of the center crop; by default the checkpoint's, else 224")
+    parser.add_argument("-b", "--batch-size", type=cli.batch, default=128, metavar="N", help="images in a batch")
     parser.add_argument("-j", "--workers", type=cli.processes, default=8, metavar="N",
                         help="loader processes, at most one a core")
     # fmt: on

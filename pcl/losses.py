@@ -1,6 +1,6 @@
 """InfoNCE and the prototype term of ProtoNCE (PCL, equations 2 and 11) as pure functions of tensors.
 
-An argument that cannot be right raises a TypeError or ValueError that names it.
+An invalid argument raises a TypeError or ValueError that names it.
 Letters: B batch, C features, K prototypes, r negatives.
 """
 
@@ -56,7 +56,7 @@ def _draw(positive: Tensor, num_prototypes: int, r: int) -> tuple[Tensor, Tensor
     """Up to r distinct ids and a mask of those that are not in `positive` (None: all); shapes do not depend on the batch."""
     score = torch.rand(num_prototypes, dtype=torch.float32, device=positive.device)
     score.index_fill_(0, positive, -1)
-    best = score.topk(min(r, num_prototypes), sorted=False)  # a third of the time; nobody asks for their order
+    best = score.topk(min(r, num_prototypes), sorted=False)  # unsorted takes a third of the time; the order does not matter
     enough = num_prototypes - len(positive) >= r
     return best.indices, None if enough else best.values >= 0
 
@@ -70,7 +70,7 @@ def prototype_logits(
         q: (B, C) unit-length queries.
         positive: (B,) int64, the prototype of each query.
         negative: (r,) int64, from `sample_negatives`.
-        mask_duplicates: set the logit of an image's own prototype to -inf where it stands there as another image's.
+        mask_duplicates: set an image's logits to -inf in the columns of other images that share its prototype.
 
     Returns:
         logits (B, B + r) and target (B,), the diagonal: as published, the prototypes of the other images in the batch
@@ -83,7 +83,7 @@ def prototype_logits(
     for name, ids in (("positive", positive), ("negative", negative)):
         below(name, ids, len(prototypes))
     chosen = torch.cat([positive, negative])  # (B + r,)
-    # On a CPU index_select takes a sixth of the time of an index in brackets.
+    # On a CPU, index_select takes a sixth of the time of `prototypes[chosen]`.
     logits = q @ prototypes.index_select(0, chosen).T / phi.index_select(0, chosen)  # (B, B + r)
     if mask_duplicates:
         same = (positive[:, None] == positive).fill_diagonal_(False)  # (B, B)
@@ -100,7 +100,7 @@ def prototype_loss(
         q: (B, C) unit-length queries.
         index: (B,) int64, the place of each image in the data set.
         clusterings: one granularity of the E-step, or several.
-        r: negatives to draw in each.
+        r: negatives to draw at each granularity.
         mask_duplicates: as for `prototype_logits`.
 
     Returns:

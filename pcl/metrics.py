@@ -1,7 +1,7 @@
 """Top-k, nearest-neighbour and one-shot accuracy, agreement of clusters and labels, average precision.
 
 Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours. Features may have any length whose
-square float32 holds; labels are any integers. An argument that cannot be right raises a TypeError or ValueError that names it.
+square float32 holds; labels are any integers. An invalid argument raises a TypeError or ValueError that names it.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
 def knn_accuracy(
     known: Tensor, known_label: Tensor, query: Tensor, label: Tensor, k: int = 200, temperature: float = 0.1
 ) -> float:
-    """Fraction of queries that a weighted vote of their k nearest known images classifies rightly.
+    """Fraction of queries that a weighted vote of their k nearest known images classifies correctly.
 
     Each neighbour votes for its label with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
@@ -100,7 +100,7 @@ def _vote_accuracy(labelled: list[Tensor], k: int, temperature: float, itself: T
         cosine[own] = -torch.inf
         if count > k:
             cosine[~own.any(dim=1), -1] = -torch.inf
-    # At most 1: float32 does not hold exp(1 / 0.01).
+    # Relative to the largest, so at most 1: float32 does not hold exp(1 / 0.01).
     weight = ((cosine - cosine.amax(dim=1, keepdim=True)) / temperature).exp()
     votes_for, truth = known_label.cpu()[near], label.cpu()
     labels, code = torch.cat([votes_for.flatten(), truth]).unique(return_inverse=True)

@@ -21,7 +21,7 @@ def architectures() -> list[str]:
 def new_network(arch: str, small_stem: bool = False, num_classes: int = 1000) -> nn.Module:
     """A torchvision network of one of `architectures`, with random weights and `num_classes` outputs.
 
-    The small stem is for images of some 32 pixels, which a ResNet would halve twice before its first block: a first
+    The small stem is for images of at most 64 pixels, which a ResNet would halve twice before its first block: a first
     convolution of 3x3 with stride 1, no max-pool (He et al. 2016, section 4.2).
     """
     if small_stem and not takes_small_stem(arch):

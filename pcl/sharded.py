@@ -45,13 +45,13 @@ def cluster_all_sharded(
         num_images: N.
         num_clusters, temperature, seeds: as for `cluster_all`.
         tf32: a GPU may round the factors of those products to 10 bits; the sums keep their precision.
-        track: is given the restarts and gives them back one by one, to show progress.
+        track: wraps the iterable of restarts to show progress, as `tqdm` does.
 
     Returns:
         a clustering for each granularity, of all N images, the same on every rank. Two runs on a GPU agree up to rounding.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be right.
+        TypeError, ValueError: an invalid argument.
     """
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
@@ -125,7 +125,7 @@ class RankAssign(DatasetAssign):
 
 
 def assign(features: Tensor, centroids: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
-    """Squared L2 distance to, and number of, the nearest centroid of each row: (n,) float32 and (n,) int64."""
+    """The nearest centroid of each row: its squared L2 distance, (n,) float32, and its index, (n,) int64."""
     if features.device.type != "cuda":
         return clustering.nearest_centroids(features, centroids)
     matmul = torch.backends.cuda.matmul
@@ -143,7 +143,7 @@ def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] =
     """The same by matrix products, a tile of distances at a time."""
     images, many = tile
     squared, nearest = [], []
-    # cuBLAS adds a vector to a product on the way out if nothing is multiplied by a number: twice as much is exact.
+    # cuBLAS adds a vector to a product in its epilogue if neither has a factor, so -2 goes into the matrix, which is exact.
     parts = [(part.square().sum(dim=1), -2 * part.T) for part in centroids.split(many)]  # (many,), (C, many)
     for rows in features.split(images):
         least, where = zip(*(torch.addmm(length, rows, part).min(dim=1) for length, part in parts), strict=True)

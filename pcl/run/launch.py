@@ -48,7 +48,7 @@ def launch(worker: Worker, args: Namespace, plan: Plan) -> None:
 
     Raises:
         RunError: from the worker, because a process was killed, or because the processes did not find each other. Of several
-            processes, the one that raised has told.
+            processes, the one that failed has printed its error.
         SystemExit: code PREEMPTED or INTERRUPTED after a signal to stop, 1 after an error that was told.
     """
     place = plan.place
@@ -203,7 +203,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _with_remedy(error: Exception, lost: bool) -> Exception:
-    """The error, or what a user can make of it."""
+    """The error, or one whose line tells the user what to do."""
     if isinstance(error, UnreadableImageError):
         return UnreadableImageError(f"{error}, or leave such files out with --skip-unreadable")
     if isinstance(error, RunError):

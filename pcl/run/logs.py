@@ -36,7 +36,7 @@ def log(message: str) -> None:
 
 
 class Meters:
-    """Running means. What is added waits where it is until a mean is asked for, so that no step waits for a GPU."""
+    """Running means. Values stay on their device until a mean is asked for, so that no step waits for a GPU."""
 
     def __init__(self) -> None:
         self.steps = self._finite = self._weight = 0
@@ -114,8 +114,8 @@ def claim(folder: Path) -> Any:
 class RunLog:
     """Appends records to `folder/log.jsonl` from the main process; the first holds command, machine and the run's `args`.
 
-    No second run can have a log in the same folder meanwhile. `check` is called once that is so, before anything is written:
-    another run may have come first. TensorBoard's files in `board` also show what `metrics` is given.
+    It locks the folder against other runs. `check` is called under the lock, before anything is written, since another run may
+    have come first. TensorBoard's files in `board` also show what `metrics` is given.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RunLog:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"time": round(time.time(), 3), **record}, default=str) + "\n")
-            except OSError as error:  # a line of the log is not worth a run
+            except OSError as error:  # a lost line must not fail a run
                 log(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on")
 
     def metrics(self, epoch: int, **values: float) -> None:
@@ -216,7 +216,7 @@ class EpochLog:
             asked = time.monotonic()
 
     def step(self, done: int, meters: Meters) -> None:
-        """Tell of `done` steps, if it is time to."""
+        """Show and record the means after `done` steps, if that is due."""
         self.bar.update()
         now, due = time.monotonic(), done % self.print_freq == 0
         if not is_main() or (not due and (self.bar.disable or now - self.shown < 1)):

@@ -31,7 +31,7 @@ KNN_POOL = 2_000_000  # training images among which kNN searches
 
 
 class Monitor:
-    """Logs what tells whether a run learns: after each E-step, and every `freq` epochs of warm-up; where that is 0, nothing.
+    """Measures and logs whether a run learns, after each E-step and every `freq` epochs of warm-up; never if `freq` is 0.
 
     The folders of the training images are the labels; `val_loader` has this rank's share of the validation images.
     `clusterings` are the last ones of a resumed run.
@@ -58,8 +58,8 @@ class Monitor:
     ) -> None:
         """Log the results before `epoch`. Every rank must call it, with the model in eval mode.
 
-        `features` (n, C) are the unit-length momentum features of the images `seen`: of all N, or with sharded k-means of this
-        rank's, of which the main process's are looked at. `clusterings` are of all images; there are none in warm-up.
+        `features` (n, C) are the unit-length momentum features of the images `seen`: all N, or with sharded k-means this
+        rank's; knn_train then uses the main process's. `clusterings` are of all images; there are none in warm-up.
         `start` is when a pass over the images for this alone began (`time.monotonic`).
         """
         if self.freq == 0:
@@ -78,7 +78,7 @@ class Monitor:
                 jobs[f"label {number}"] = partial(cluster_agreement, im2cluster, self.label)
             if self.previous:
                 jobs[f"previous {number}"] = partial(cluster_agreement, self.previous[number], im2cluster)
-        # Each rank does some of them; the costliest falls to the main process, whose features it is to be about.
+        # Each rank does some jobs. The costliest, knn_train, goes to the main process: it is to measure that one's features.
         cost = [2.0 if name == "knn_train" else 1.0 for name in jobs]
         values = shared_map(lambda job: [torch.tensor([*job().values()], dtype=torch.float64)], [*jobs.values()], cost)
         done = {name: result.tolist() for name, (result,) in zip(jobs, values, strict=True)}
@@ -108,7 +108,7 @@ class Monitor:
         if agreement is not None:
             found |= dict(zip(("nmi", "ami", "purity"), agreement, strict=True))
         if stability is not None:
-            # Numbers of clusters mean nothing: an image stays if it goes where most of its old cluster goes.
+            # Cluster ids are arbitrary: an image stays if it goes where most of its old cluster goes.
             _, ami, purity = stability
             found |= {"changed": 1 - purity, "ami_previous": ami}
         if self.record.board:

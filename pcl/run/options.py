@@ -27,15 +27,15 @@ def add_training(
     """The options of any run of SGD, with this script's defaults."""
     group = parser.add_argument_group("training")
     group.add_argument("-j", "--workers", type=cli.processes, metavar="N",
-                       help="loader processes of this node in total, by default one for each core; 0: none")
+                       help="loader processes of this node in total, by default one per core; 0: the training process loads")
     group.add_argument("--epochs", type=positive, default=epochs, metavar="N", help="epochs to train")
-    group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch; --resume sets it")
+    group.add_argument("--start-epoch", type=natural, default=0, metavar="N", help="first epoch, from 0; --resume sets it")
     group.add_argument("-b", "--batch-size", type=cli.batch, default=batch_size, metavar="N",
                        help="images in a step, a total over this node's training processes")
     group.add_argument("--lr", type=lr_type, default=lr, metavar="LR", help=lr_help)
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
                        help="epochs at which the learning rate falls, by default to a tenth")
-    group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="of SGD")
+    group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="momentum of SGD")
     group.add_argument("--wd", "--weight-decay", dest="wd", type=cli.nonnegative_float, default=wd, metavar="WD",
                        help="weight decay")
     group.add_argument("-p", "--print-freq", type=positive, default=print_freq, metavar="N",
@@ -73,13 +73,13 @@ def add_pretraining(parser: Parser) -> None:
     group.add_argument("--augment-on", choices=["workers", "device"], default="workers",
                        help="device: loader workers only decode and crop; colors and blur follow on whole batches")
     group.add_argument("--amp", choices=["off", "bf16"], default="off", help="features in bfloat16: faster on new GPUs")
-    group.add_argument("--channels-last", action="store_true", help="another layout of images and weights: faster with --amp")
+    group.add_argument("--channels-last", action="store_true", help="channels-last memory format: faster with --amp")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile for the encoders: fewer kernels to launch, after minutes of compiling")
     group.add_argument("--kmeans", choices=["faiss", "super", "sharded"], default="faiss",
-                       help="super prunes the search, on the CPU, faster if few directions hold the features' variance; "
-                       "sharded leaves features on their process, for very many images")
-    group.add_argument("--kmeans-tf32", action="store_true", help="sharded k-means on a GPU searches in TF32")
+                       help="super: prunes the search, on the CPU; faster if few directions hold the features' variance; "
+                       "sharded: features stay on their process, for very many images")
+    group.add_argument("--kmeans-tf32", action="store_true", help="let sharded k-means compute in TF32 on a GPU")
     group = parser.add_argument_group("small data", "not in the published algorithm; docs/settings.md says when they help")
     group.add_argument("--fit", type=integer(60), metavar="N",
                        help="set --num-cluster, --pcl-r, -b, --lr, --moco-m and --warmup-epoch, unless given, for N images")
@@ -101,9 +101,9 @@ def add_pretraining(parser: Parser) -> None:
     group.add_argument("--save-freq", type=positive, default=5, metavar="N",
                        help="epochs between two checkpoints that are kept; the last epoch is always kept")
     group.add_argument("--save-steps", type=natural, default=1000, metavar="N",
-                       help="steps between two saves into checkpoint_last.pth.tar, also rewritten after each epoch; 0 none")
+                       help="steps between two saves of checkpoint_last.pth.tar; 0: save only after an epoch and when stopped")
     group.add_argument("--keep", type=natural, default=0, metavar="N",
-                       help="remove kept checkpoints except the newest N; 0 keeps all")
+                       help="keep only the newest N numbered checkpoints; 0 keeps all")
     group.add_argument("--keep-every", type=natural, default=0, metavar="N",
                        help="with --keep, also keep those of every N-th epoch")
     group.add_argument("--monitor-freq", type=natural, default=10, metavar="N",
@@ -112,18 +112,18 @@ def add_pretraining(parser: Parser) -> None:
 
 def add_backbone(parser: Parser) -> None:
     """The options that name the frozen network that a script evaluates, and the file of its results (`logs.write_result`)."""
-    parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results")
+    parser.add_argument("--output", type=path, metavar="FILE.json", help="write settings and all results to this file")
     group = parser.add_argument_group("backbone")
     group.add_argument("--pretrained", type=cli.reachable, metavar="FILE",
-                       help="a checkpoint of main_pcl.py, a released one of PCL, or a torchvision state dict")
+                       help="a checkpoint of main_pcl.py or of released PCL, or a torchvision state dict")
     group.add_argument("--random-init", action="store_true", help="evaluate random weights instead, as a baseline")
     group.add_argument("--pixels", action="store_true", help="evaluate the pixels of the center crop instead, as a baseline")
     group.add_argument("-a", "--arch", metavar="NAME", choices=architectures(),
-                       help="by default the one that the file names; resnet50 for random weights")
+                       help="architecture, by default the checkpoint's; resnet50 with --random-init")
     group.add_argument("--small-stem", action="store_true",
                        help="with --random-init, the stem of main_pcl.py --small-stem; a checkpoint's own is recognized")
     group.add_argument("--image-size", type=cli.side, default=224, metavar="PIXELS",
-                       help="side of the center crop, from images scaled to 8/7 of it; a checkpoint that tells its own sets it")
+                       help="side of the center crop, from images scaled to 8/7 of it; a checkpoint may name another default")
 # fmt: on
 
 
@@ -169,7 +169,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, args: Namespace, epoch: 
 
 
 def learning_rate_factor(args: Namespace, epoch: int) -> float:
-    """A cosine from 1 to 0 with `cos`, else `gamma` (a tenth) to the number of epochs in `schedule` that have come."""
+    """With `cos`, a cosine from 1 to 0; else `gamma` (a tenth) to the power of the number of milestones passed."""
     if getattr(args, "cos", False):
         return 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
     return getattr(args, "gamma", 0.1) ** sum(epoch >= milestone for milestone in args.schedule)

@@ -19,7 +19,7 @@ from pcl.run.logs import log
 from pcl.run.rendezvous import Place, place_of
 from pcl.terminal import warn
 
-# Options that change neither what a run learns nor how; all others are compared when it is resumed.
+# Options that are not compared when a run is resumed: without effect on what it learns, or checked elsewhere (data, arch).
 INDIFFERENT = {
     "data", "fit", "init", "skip_unreadable", "workers", "print_freq", "resume", "start_epoch", "arch", "small_stem",
     "pretrained", "random_init", "pixels", "nproc", "gpu", "world_size", "rank", "local_rank", "dist_url",
@@ -68,7 +68,7 @@ def note_changes(state: Mapping[str, Any], now: Mapping[str, str]) -> None:
 
 
 def check_launch(parser: Parser, args: Namespace) -> Plan:
-    """Stop on processes, machines or a batch that cannot be; the plan of processes, batch and seed."""
+    """Stop on impossible processes, machines or batches; return a plan with processes, batch and seed."""
     wrong_address = f"--dist-url {args.dist_url}: give tcp://HOST:PORT, the address of node 0"
     if args.dist_url and args.dist_url != "env://" and not is_address(args.dist_url):  # env:// is a launcher's address
         parser.error(wrong_address)
@@ -211,7 +211,7 @@ def find_run(parser: Parser, args: Namespace, plan: Plan, model: MoCo) -> tuple[
 
 
 def check_other_run(args: Namespace, plan: Plan) -> None:
-    """RunError if --exp-dir holds a run that is not to be resumed, or one further than --resume; asked again under its lock."""
+    """RunError if --exp-dir holds a run that is not to be resumed, or one further than --resume; repeated under the lock."""
     folder = f"--exp-dir {args.exp_dir}"
     if args.resume == "auto":
         return

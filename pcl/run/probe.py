@@ -124,7 +124,7 @@ def save(model: Probe, head: Head, classes: list[str], args: Namespace, plan: Pl
 
 
 def check_other_run(args: Namespace) -> None:
-    """RunError if --id holds a run that is not to be resumed, or one of other learning rates; asked again under its lock."""
+    """RunError if --id holds a run that is not to be resumed, or one of other learning rates; repeated under the lock."""
     folder = RESULTS / args.id
     goes_on = args.resume and (args.resume == "auto" or Path(args.resume).resolve() == (folder / LAST).resolve())
     if not (goes_on or args.evaluate) and folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:

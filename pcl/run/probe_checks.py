@@ -17,7 +17,7 @@ from pcl.run.probe import RESULTS, check_other_run, open_probe
 
 
 def check(parser: Parser, args: Namespace) -> Plan:
-    """Stop on what cannot work, before any process is started or file written; what a run must know besides its options."""
+    """Stop on what cannot work, before a process is started or a file written; return what a run needs besides its options."""
     plan = preflight.check_launch(parser, args)
     several = len(args.lr) > 1
     checks = (

@@ -73,7 +73,7 @@ class Progress:
 
     @classmethod
     def resume(cls, model: Any, optimizer: torch.optim.Optimizer, args: Namespace, plan: Plan) -> tuple["Progress", Plan]:
-        """Load the checkpoint to go on from, if there is one, into model and optimizer."""
+        """Load the checkpoint to go on from, if any, into model and optimizer; return its progress and the plan from there."""
         progress = cls(plan.epoch)
         if args.resume == "auto":  # another run may have been about to end when the command line was checked
             plan = replace(plan, resume=str(kept.newest(args.exp_dir) or ""))

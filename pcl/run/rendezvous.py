@@ -47,7 +47,7 @@ class Place:
     port: int = 0
     one_node: bool = True
     hosted: bool = False  # the store is in the launcher's process, not in rank 0's
-    spawns: bool = True  # without a launcher, this process starts those of its node; of several it is none itself
+    spawns: bool = True  # no launcher: this process starts those of its node, and is none of them if several
     is_task: bool = False  # of SLURM or MPI; a task that is alone on its node may stand for the node
 
     @property

@@ -68,11 +68,11 @@ class Watch:
         store.set(f"beat/{self._rank}", "0")
         dist.barrier(group)  # from here on everybody has a beat
         self._heard, self._store = time.monotonic(), store
-        # A thread of its own, since a frozen store may never come back from a question.
+        # A thread of its own, since a request to a frozen store may never return.
         threading.Thread(target=self._talk, daemon=True).start()
 
     def _connect(self) -> dist.Store:
-        """A connection of its own, since a store that waits for something lets nobody else through."""
+        """A connection of its own, since one that waits for a key blocks all other requests on it."""
         socket.create_connection(self._address, timeout=SILENCE / 6).close()  # torch's own waiting fills pages with warnings
         patience = timedelta(seconds=SILENCE / 6)
         store = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=patience)
@@ -210,7 +210,7 @@ class Watch:
 
     def _exchange(self, store: dist.Store, beat: int) -> None:
         store.set(f"beat/{self._rank}", str(beat))
-        store.wait(["beat/0"], timedelta(seconds=SILENCE / 6))  # a plain question waits for a frozen store for ever
+        store.wait(["beat/0"], timedelta(seconds=SILENCE / 6))  # a plain request to a frozen store would wait forever
         if store.check(["failure"]):
             failure = json.loads(store.get("failure"))
             if failure["rank"] != self._rank:  # who failed has told on its own machine
