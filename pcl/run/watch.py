@@ -35,14 +35,14 @@ class Watch:
         self.stop_signal = 0  # here or in another process
         self._launcher = launcher  # id of the process that spawned this one; its end is a signal to stop too
         self._stop_time, self._silence = 0.0, SILENCE
-        self._finishing = self._leaving = self._closed = False
+        self._finishing = self._leaving = False
+        self._closed = threading.Event()
         self._group: dist.ProcessGroup | None = None
         self._rank = self._world = self._node = 0
         self._vote: tuple[torch.Tensor, dist.Work] | None = None
         self._store: dist.Store | None = None
         self._heard = 0.0  # when the store last answered; 0 where there is none
         self._beats: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one and when it was new
-        self._end_of_talk = threading.Event()
 
     def start(self) -> "Watch":
         """Take over the signals."""
@@ -159,8 +159,7 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching, and handle signals as before."""
-        self._closed = True
-        self._end_of_talk.set()
+        self._closed.set()
         os.write(self._outbox, b"\0")
         self._thread.join()
         if self._before:
@@ -171,7 +170,7 @@ class Watch:
         os.close(self._outbox)
 
     def _watch_signals(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             if select.select([self._inbox], [], [], 1)[0]:
                 for number in os.read(self._inbox, 100):
                     if number in self._before:  # the pipe gets those of other handlers too
@@ -183,7 +182,7 @@ class Watch:
             if self._heard and time.monotonic() - self._heard > self._silence:
                 self._end(STORE_IS_GONE, tell=True)
             in_grace = self._finishing and time.monotonic() - self._stop_time < GRACE
-            if self.stop_signal and not self._closed and not in_grace:
+            if self.stop_signal and not self._closed.is_set() and not in_grace:
                 self._leave()
 
     def _is_orphan(self) -> bool:
@@ -196,7 +195,7 @@ class Watch:
     def _talk(self) -> None:
         """Write and read, once a second, in the store, which is rank 0's or a launcher's."""
         beat = 0
-        while not self._end_of_talk.wait(1):
+        while not self._closed.wait(1):
             beat += 1
             try:
                 self._store = self._store or self._connect()
@@ -232,7 +231,7 @@ class Watch:
                 self._end(f"process {rank} no longer answers", tell=True)
 
     def _end(self, reason: str, tell: bool) -> None:
-        if self._closed:
+        if self._closed.is_set():
             return
         if self.stop_signal:  # the others have left
             self._leave()
