@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pcl import checkpoint
 from pcl.augment import center_view
 from pcl.builder import MoCo
-from pcl.clustering import Clustering
+from pcl.clustering import CHUNK, Clustering
 from pcl.distributed import get_world_size, is_main, shared_map, wait_for_all
 from pcl.features import extract_features
 from pcl.loader import IndexedFolder, indices_of_rank, make_loader
@@ -26,7 +26,6 @@ from pcl.run.logs import RunLog, log, track
 from pcl.run.preflight import Plan
 
 SAMPLE = 5000  # images whose features are kept for the pictures
-CHUNK = 2**16  # images whose cosines are taken at once
 KNN_POOL = 2_000_000  # training images among which kNN searches
 
 
@@ -145,8 +144,7 @@ def save_e_step(
         for c in clusterings:
             parts = zip(features.split(CHUNK), ids.to(c.im2cluster.device).split(CHUNK), strict=True)
             cosine = [(rows * c.prototypes[c.im2cluster[part]]).sum(dim=1).cpu() for rows, part in parts]
-            kept = {name: getattr(c, name).cpu() for name in ("im2cluster", "prototypes", "concentration")}
-            granularities.append({**kept, "cosine": torch.cat(cosine)})  # (n,) to the own prototype
+            granularities.append({**vars(c.to("cpu")), "cosine": torch.cat(cosine)})  # (n,) to the own prototype
         state = {
             "epoch": epoch,
             "classes": images.classes,

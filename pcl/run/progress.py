@@ -60,7 +60,7 @@ class Progress:
             raise ValueError("no terms, or other ones than a run writes")
         if terms != terms_of(epoch, args, plan):
             return cls(epoch)
-        clusterings = [Clustering(**{name: value.to(device) for name, value in c.items()}) for c in state["clusterings"]]
+        clusterings = [Clustering(**c).to(device) for c in state["clusterings"]]
         wanted = args.num_cluster if epoch >= args.warmup_epoch else []
         for clustering, k in zip(clusterings, wanted, strict=True):
             tensors = (clustering.im2cluster, clustering.prototypes, clustering.concentration)
