@@ -75,7 +75,7 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
     with parser.telling(2):
         place = place_of(args)
     gpus, nproc = torch.cuda.device_count(), place.local_world
-    checks: tuple[tuple[Any, str], ...] = (
+    for wrong, message in (
         (gpus and not torch.cuda.is_available(),
          f"torch {torch.__version__} cannot use the {gpus} GPUs of this machine: install a newer driver or an older torch, or "
          "hide them (CUDA_VISIBLE_DEVICES=) to use the CPU"),
@@ -85,7 +85,7 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
          f"--gpu trains on one GPU: leave it out with --nproc {args.nproc}"),
         (not place.spawns and (args.nproc is not None or args.gpu is not None),
          "--nproc and --gpu: the launcher that started this process decides that; leave them out"),
-        (place.spawns and getattr(args, "local_rank", 0),
+        (place.spawns and getattr(args, "local_rank", False),
          "--local-rank: a launcher sets LOCAL_RANK, RANK and WORLD_SIZE too; start with torchrun"),
         (place.spawns and gpus and nproc > gpus and args.dist_backend == "nccl",
          f"--nproc: {nproc} processes for {gpus} GPUs; start fewer, give --dist-backend gloo, or hide the GPUs "
@@ -98,8 +98,7 @@ def check_launch(parser: Parser, args: Namespace) -> Plan:
         (args.batch_size % nproc,
          f"--batch-size {args.batch_size}: it is not divisible by the {nproc} processes of this node; "
          f"try {max(args.batch_size - args.batch_size % nproc, nproc)}"),
-    )  # fmt: skip
-    for wrong, message in checks:
+    ):  # fmt: skip
         if wrong:
             parser.error(message)
     workers = place.cores if args.workers is None else -(-args.workers // nproc)

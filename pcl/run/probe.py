@@ -86,8 +86,7 @@ def _load(path: str, args: Namespace, classes: list[str]) -> tuple[nn.Module, nn
         network, state = checkpoint.load_probe(path)
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(f"--resume: {error}") from error
-    layer = network.get_submodule("fc")
-    assert isinstance(layer, nn.Linear)
+    layer: nn.Linear = network.fc  # type: ignore[assignment]
     network.fc = nn.Identity()
     if args.arch not in (None, state["arch"]):
         raise checkpoint.CheckpointError(f"--resume: {path} holds a {state['arch']}, not a {args.arch}")

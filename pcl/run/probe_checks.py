@@ -20,20 +20,17 @@ def check(parser: Parser, args: Namespace) -> Plan:
     """Stop on what cannot work, before a process is started or a file written; return what a run needs besides its options."""
     plan = preflight.check_launch(parser, args)
     several = len(args.lr) > 1
-    checks = (
+    for wrong, message in (
         (args.evaluate and not args.resume, "--evaluate: name the finished probe with --resume"),
         (args.pixels and args.resume, "--resume: a probe of --pixels cannot be resumed; leave it out, and take a new --id"),
         (args.finetune and args.pixels, "--finetune: --pixels has no weights to train; leave one of them out"),
         (args.finetune and several, "--lr: --finetune trains one network; give one learning rate"),
         (args.lr_backbone and not args.finetune, "--lr-backbone is an option of --finetune; leave it out, or give that too"),
-        (
-            several and args.resume not in (None, "auto"),
-            f"--lr: {args.resume} holds one classifier; give one rate or --resume auto",
-        ),
+        (several and args.resume not in (None, "auto"),
+         f"--lr: {args.resume} holds one classifier; give one rate or --resume auto"),
         (args.subset and args.percent < 100, "--percent: --subset has chosen the images; leave one of them out"),
         (args.finetune and plan.batch < 2, "--batch-size: BatchNorm needs two images of each process in a step; raise it"),
-    )
-    for wrong, message in checks:
+    ):  # fmt: skip
         if wrong:
             raise RunError(message)
     train, val = inputs.open_labelled(parser, args.data)
