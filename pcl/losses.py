@@ -1,4 +1,4 @@
-"""InfoNCE and the prototype term of ProtoNCE (PCL, equations 2 and 11) as pure functions of tensors.
+"""InfoNCE and the prototype term of ProtoNCE (PCL, sections 3.1 and 3.2) as pure functions of tensors.
 
 An invalid argument raises a TypeError or ValueError that names it.
 Letters: B batch, C features, K prototypes, r negatives.
