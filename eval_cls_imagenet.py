@@ -36,7 +36,7 @@ from pcl.metrics import topk_accuracy
 from pcl.run import inputs, launch, options
 from pcl.run.logs import EpochLog, Meters, RunLog, TensorBoard, describe_machine, log, track, write_result
 from pcl.run.preflight import Plan, note_changes
-from pcl.run.probe import RESULTS, Head, Probe, check_other_run, first_difference, open_probe, save
+from pcl.run.probe import RESULTS, Head, Probe, check_other_run, first_difference, open_probe, resumed_file, save
 from pcl.run.probe_checks import check, labelled_images, names_in
 from pcl.terminal import leave_on_signals
 
@@ -89,12 +89,12 @@ def main() -> None:
 
 def parse(parser: cli.Parser) -> Namespace:
     """Parse the command line; with --finetune, the paper's settings take the place of the linear probe's defaults."""
-    args = options.parse_evaluation(parser)
+    args = options.parse_evaluation(parser, resumed_file)
     if args.finetune:
         percent = args.percent
         if args.subset:
-            with suppress(RunError):  # `check` tells
-                percent = 100 * len(names_in(args.subset)) / max(1, sum(1 for _ in args.data.glob("train/*/*")))
+            with suppress(RunError, OSError):  # `check` tells
+                percent = 100 * len(names_in(args.subset)) / len(IndexedFolder(args.data / "train", transform=None))
         lr = "1" if percent <= 1 else "0.1"
         parser.set_defaults(epochs=20, schedule=[12, 16], gamma=0.2, wd=5e-4, lr=lr, lr_backbone=0.01)
         args = parser.parse_args()

@@ -142,10 +142,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(network: nn.Module, splits: int) -> None:
-    """Replace each BatchNorm2d inside `network` by a `SplitBatchNorm2d`; weights, statistics and names stay."""
+    """Replace each BatchNorm2d inside `network` by a `SplitBatchNorm2d`; weights, statistics and names stay.
+
+    One without weights or without running statistics is left as it is.
+    """
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
                 momentum = 0.1 if child.momentum is None else child.momentum
                 split = SplitBatchNorm2d(splits, child.num_features, child.eps, momentum)
                 for part, value in [*child.named_parameters(), *child.named_buffers()]:

@@ -136,8 +136,9 @@ def load_init(path: str | Path, model: Any, arch: str) -> bool:
         CheckpointError: also if the architecture or a key or shape of the backbone differs, or a weight is not finite.
     """
     state = load(path)
-    if state.get("arch", arch) != arch:
-        raise CheckpointError(f"{path} holds a {state['arch']}, not a {arch}: give --arch {state['arch']}")
+    named = _named_arch(state)
+    if named in architectures() and named != arch:
+        raise CheckpointError(f"{path} holds a {named}, not a {arch}: give --arch {named}")
     weights, heads = weights_of(path, state), []
     for name, encoder in (("encoder_q.", model.encoder_q), ("encoder_k.", model.encoder_k)):
         # A state dict of torchvision has one network; so may a checkpoint from which the key encoder was removed.
@@ -165,7 +166,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         CheckpointError: also if a key is missing or unexpected, or a weight is not finite: weights are never random.
     """
     state = load(path)
-    named = state.get("arch")
+    named = _named_arch(state)
     if arch and named in architectures() and named != arch:
         raise CheckpointError(f"{path} holds a {named}, not a {arch}: leave --arch out")
     arch = arch or named
@@ -177,6 +178,11 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
     network = backbone(arch, has_small_stem(arch, weights))
     _load_exactly(path, network, weights, arch)
     return network, arch
+
+
+def _named_arch(state: dict[str, Any]) -> str | None:
+    named = state.get("arch")
+    return named if isinstance(named, str) else None
 
 
 def trained_at(path: str | Path) -> int | None:
@@ -269,7 +275,10 @@ def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def weights_of(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in what `load` returns, tensors that can be copied into others, without `module.` in front of their names."""
+    """The weights in what `load` returns, tensors that can be copied into others, by their names in the plain module.
+
+    That is without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add.
+    """
     found = state.get("state_dict", state.get("model", state))
 
     def is_plain(value: Any) -> bool:
@@ -277,7 +286,7 @@ def weights_of(path: str | Path, state: dict[str, Any]) -> dict[str, Tensor]:
 
     if not isinstance(found, dict) or not all(isinstance(name, str) and is_plain(found[name]) for name in found):
         raise CheckpointError(f"{path} holds neither a pre-training checkpoint nor a state dict")
-    return {name.removeprefix("module."): value for name, value in found.items()}
+    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in found.items()}
 
 
 def _some(names: list[str]) -> str:

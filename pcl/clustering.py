@@ -38,7 +38,7 @@ class Clustering:
     """One granularity of the E-step; the published code's `im2cluster`, `centroids` and `density`."""
 
     im2cluster: Tensor  # (N,) int64, the cluster of each image
-    prototypes: Tensor  # (K, C) float32, unit length
+    prototypes: Tensor  # (K, C) float32, unit length (zero where the rows of a cluster cancel out)
     concentration: Tensor  # (K,) float32, the temperature of each prototype: positive, finite
 
     @cached_property
@@ -64,8 +64,8 @@ def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperat
         alpha: larger values keep the phi of small clusters small.
 
     Returns:
-        (K,), of `distance`'s dtype: positive and finite. Clusters of at most one image take the largest phi; then all are
-        clipped to their 10th and 90th percentile.
+        (K,), of `distance`'s dtype, positive and finite as far as that holds them. Clusters of at most one image take the
+        largest phi; then all are clipped to their 10th and 90th percentile.
     """
     distance, im2cluster = tensors(distance=(distance, "n"), im2cluster=(im2cluster, "int n"))
     num_cluster, temperature = integer("num_cluster", num_cluster, 1, 2**31 - 1), above_zero("temperature", temperature)
@@ -146,10 +146,11 @@ def permutation(count: int, seed: int) -> np.ndarray:
 
 def assign_and_measure(features: Array, centroids: Array, temperature: float, device: torch.device | None = None) -> Clustering:
     """Assign features (N, C) to their nearest raw centroid (K, C), both float32; return the clustering, on the CPU."""
+    (centroids,) = _points(centroids=(centroids, "K C"))
     squared, im2cluster = nearest_centroids(features, centroids, device)  # (N,), (N,)
     # As published, distances are to the centroids before they are put on the sphere.
     phi = concentration(squared.clamp(min=0).sqrt(), im2cluster, len(centroids), temperature)
-    return Clustering(im2cluster, F.normalize(torch.as_tensor(centroids, dtype=torch.float32), dim=1), phi)
+    return Clustering(im2cluster, F.normalize(torch.from_numpy(centroids), dim=1), phi)
 
 
 def nearest_centroids(features: Array, centroids: Array, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -216,6 +216,14 @@ def test_split_batch_norm_is_each_group_through_a_plain_one(memory_format):
         split.train()(x[:10])
 
 
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_batch_norm_without_weights_or_statistics_gets_none(options):
+    network = nn.Sequential(nn.BatchNorm2d(3, **options))
+    before = network.state_dict().keys()
+    split_batch_norm(network, 2)
+    assert network.state_dict().keys() == before
+
+
 def test_with_split_batch_norm_keys_are_grouped_otherwise_than_queries(monkeypatch):
     model = MoCo(Tiny, dim=4, r=8, m=1.0)  # both encoders keep the same weights
     split_batch_norm(model, 2)

@@ -17,7 +17,7 @@ from conftest import assert_same, run_script
 
 from pcl import export
 from pcl.builder import MoCo
-from pcl.checkpoint import CheckpointError, load, load_backbone, load_for_resume, load_optimizer, load_probe, save
+from pcl.checkpoint import CheckpointError, load, load_backbone, load_for_resume, load_init, load_optimizer, load_probe, save
 from pcl.errors import RunError
 from pcl.networks import architectures, backbone, new_network, takes_small_stem, without_numbers
 from pcl.run.kept import newest, prune
@@ -186,7 +186,7 @@ def test_files_that_are_no_checkpoint_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["v1 head", "v2 head"])
-@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("prefix", ["module.", "", "module._orig_mod.", "module.module."])
 def test_the_backbone_of_a_published_checkpoint(tmp_path, mlp, prefix):
     model = moco(mlp)
     for parameter in model.encoder_k.parameters():
@@ -198,6 +198,12 @@ def test_the_backbone_of_a_published_checkpoint(tmp_path, mlp, prefix):
     x = torch.randn(2, 3, 32, 32)
     model.encoder_q.fc = torch.nn.Identity()
     assert torch.equal(network(x), model.encoder_q.eval()(x))
+
+
+@pytest.mark.parametrize("named", [None, "of my own"])
+def test_a_run_begins_from_a_file_that_names_no_known_architecture(tmp_path, named):
+    torch.save(published(moco()) | {"arch": named}, tmp_path / "c.pt")
+    assert load_init(tmp_path / "c.pt", moco(), ARCH)
 
 
 def test_the_backbone_of_a_torchvision_state_dict(tmp_path):

@@ -297,6 +297,9 @@ def compare_images(device, args, plan):
         ("--pretrained own --image-size 96", 96),
         ("--pretrained released", 224),
         ("--pretrained released --resume own", 40),
+        ("--pretrained own --resume probe", 64),
+        ("--pretrained own --resume auto --id one", 64),
+        ("--resume auto --id several", 64),
         ("--pretrained missing", 224),
         ("--random-init", 224),
         ("--resume auto", 224),
@@ -306,8 +309,11 @@ def test_an_evaluation_takes_the_size_that_its_checkpoint_tells(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     torch.save({"args": {"image_size": "40"}}, "own")
     torch.save({"state_dict": {}}, "released")
+    for probe in ("probe", "Linear_eval/one/checkpoint.pth.tar", "Linear_eval/several/lr_1/checkpoint.pth.tar"):
+        Path(probe).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"args": {"image_size": "64"}}, probe)
     monkeypatch.setattr(sys, "argv", ["eval_cls_imagenet.py", "DIR", *words.split()])
-    assert options.parse_evaluation(eval_cls_imagenet.get_parser()).image_size == size
+    assert eval_cls_imagenet.parse(eval_cls_imagenet.get_parser()).image_size == size
 
 
 @pytest.mark.dist

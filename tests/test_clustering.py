@@ -142,6 +142,18 @@ def test_features_and_numbers_may_be_of_any_type(convert):
         torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [lambda c: c.astype(">f4"), lambda c: c[::-1].copy()[::-1], lambda c: torch.from_numpy(c).requires_grad_()],
+    ids=["big-endian", "turned round twice", "with gradient"],
+)
+def test_centroids_may_be_of_any_type(convert):
+    x = unit_rows(60, 8).numpy()
+    ours, expected = assign_and_measure(x, convert(x[:5]), 0.2), assign_and_measure(x, x[:5], 0.2)
+    assert torch.equal(ours.prototypes, expected.prototypes)
+    assert not ours.prototypes.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.uint8, torch.bool])
 def test_features_of_few_bits_are_taken(dtype):
     x = (4 * unit_rows(60, 8)).to(dtype)

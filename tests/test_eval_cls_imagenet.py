@@ -23,7 +23,7 @@ from pcl.networks import backbone
 from pcl.run import launch
 from pcl.run.logs import TensorBoard, claim
 from pcl.run.probe import Probe, first_difference, open_probe
-from pcl.run.probe_checks import label_subset
+from pcl.run.probe_checks import label_subset, names_in
 
 ARCH = "shufflenet_v2_x0_5"
 TINY = "--schedule 2 --image-size 32 -b 8 -j 0 -p 100 --lr 0.1 --epochs 3"
@@ -649,11 +649,17 @@ def test_the_defaults_are_the_published_ones():
     assert args["image_size"] == 224
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_names_may_be_saved_by_windows(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes("a/1.png\r\n\r\nä/2.png \r\n".encode(encoding))
+    assert names_in(tmp_path / "list.txt") == {"a/1.png", "ä/2.png"}
+
+
 @pytest.mark.parametrize(("options", "lr"), [("", 0.1), ("--percent 10", 0.1), ("--percent 1", 1), ("--subset list", 1)])
 def test_fine_tuning_has_the_papers_settings_where_none_is_given(options, lr, tmp_path, monkeypatch):
-    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "deeper").mkdir(parents=True)
     for i in range(100):
-        (tmp_path / "train" / "a" / f"{i}.png").touch()
+        (tmp_path / "train" / "a" / "deeper" / f"{i}.png").touch()
     (tmp_path / "list").write_text("1.png\n")
     parser = eval_cls_imagenet.get_parser()
     monkeypatch.setattr("sys.argv", ["x", "--finetune", *options.split(), "."])

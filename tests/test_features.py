@@ -230,7 +230,7 @@ def test_two_runs_into_one_folder_exclude_each_other(pretrained, six_classes, tm
         (["--image-size", "0"], "'0' is not an integer from 1"),
         (["--image-size", "8192", "-b", "1000000"], "--image-size 8192: no memory holds 1000000 such images; lower it"),
         (["--batch-size", "-1"], "'-1' is not an integer"),
-        (["-a", "resnet18"], "does not fit resnet18"),
+        (["-a", "resnet18"], "not a resnet18: leave --arch out"),
         (["-a", "vgg"], "invalid choice"),
     ],
 )

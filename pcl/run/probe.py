@@ -47,6 +47,14 @@ class Probe:
     source: dict[str, str]  # where the backbone comes from
 
 
+def resumed_file(args: Namespace) -> str | Path | None:
+    """The checkpoint to go on from; of several heads' the first."""
+    if args.resume != "auto":
+        return args.resume
+    folder = RESULTS / args.id
+    return next(iter([*folder.glob(LAST), *sorted(folder.glob(f"lr_*/{LAST}"))]), None)
+
+
 def open_probe(args: Namespace, classes: list[str]) -> Probe:
     """New heads on the backbone that the options name, or those to go on from; CheckpointError if a file does not fit."""
     # Such as ["0.3", "5"]; of a single learning rate [""], whose files and values bear no mark.

@@ -1,5 +1,6 @@
 """What is checked before a linear probe starts, and which labels it is given."""
 
+import codecs
 import os
 from argparse import Namespace
 from dataclasses import replace
@@ -86,10 +87,12 @@ def label_subset(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
 def names_in(path: Path) -> set[str]:
     """The names of images in a file of --subset, one in a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        content = path.read_bytes()
     except OSError as error:
         raise RunError(f"--subset {path}: it cannot be read ({error.strerror})") from error
-    return {line.strip() for line in lines} - {""}
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as of Windows PowerShell
+    text = content.decode("utf-16", "replace") if utf_16 else content.decode("utf-8-sig", "surrogateescape")
+    return {line.strip() for line in text.splitlines()} - {""}
 
 
 def labelled_images(train: IndexedFolder, args: Namespace, seed: int = 0, complete: bool = False) -> IndexedFolder:
@@ -108,5 +111,5 @@ def labelled_images(train: IndexedFolder, args: Namespace, seed: int = 0, comple
             found[name] = i
     if complete and (missing := sorted(names - found.keys())):
         told = f"{train.root} has no image {missing[0]} ({len(missing)} such names)"
-        raise RunError(f"--subset {args.subset}: {told}; correct the list")
+        raise RunError(f"--subset {args.subset}: {told}; write NAME or <class>/NAME")
     return train.subset(np.unique(np.array([*found.values()], dtype=int)))
