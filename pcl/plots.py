@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import AbstractContextManager
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,7 @@ LINES: list[dict[str, Any]] = [{"color": COLORS[i % 10], "marker": MARKERS[i % 1
 GRAY = "#D0D0D0"  # of the background
 
 Epochs = dict[int, dict[str, float]]  # the metrics of each epoch
-
-
-def default_style() -> AbstractContextManager[None]:
-    """A context in which matplotlib ignores the user's settings."""
-    return matplotlib.rc_context(matplotlib.rcParamsDefault)
+default_style = partial(matplotlib.rc_context, matplotlib.rcParamsDefault)  # a context without the user's settings
 
 
 def finish(axes: Axes, legend: dict[str, Any] | None = None, **labels: Any) -> None:
