@@ -36,7 +36,7 @@ from pcl.metrics import topk_accuracy
 from pcl.run import inputs, launch, options
 from pcl.run.logs import EpochLog, Meters, RunLog, TensorBoard, describe_machine, log, track, write_result
 from pcl.run.preflight import Plan, note_changes
-from pcl.run.probe import RESULTS, Head, Probe, check_other_run, first_difference, open_probe, resumed_file, save
+from pcl.run.probe import RESULTS, Head, Probe, check_other_run, first_difference, open_probe, places_of, save
 from pcl.run.probe_checks import check, labelled_images, names_in
 from pcl.terminal import leave_on_signals
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 def parse(parser: cli.Parser) -> Namespace:
     """Parse the command line; with --finetune, the paper's settings take the place of the linear probe's defaults."""
-    args = options.parse_evaluation(parser, resumed_file)
+    args = options.parse_evaluation(parser, lambda args: [path for _, _, path in places_of(args)])
     if args.finetune:
         percent = args.percent
         if args.subset:

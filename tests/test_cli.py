@@ -299,7 +299,7 @@ def compare_images(device, args, plan):
         ("--pretrained released --resume own", 40),
         ("--pretrained own --resume probe", 64),
         ("--pretrained own --resume auto --id one", 64),
-        ("--resume auto --id several", 64),
+        ("--resume auto --id several --lr 0.3,1", 64),
         ("--pretrained missing", 224),
         ("--random-init", 224),
         ("--resume auto", 224),

@@ -150,16 +150,17 @@ def parse_fitted(parser: Parser, words: Sequence[str] | None = None) -> Namespac
     return args
 
 
-def parse_evaluation(parser: Parser, resumed: Callable[[Namespace], Any] = lambda args: None) -> Namespace:
+def parse_evaluation(parser: Parser, resumed: Callable[[Namespace], Sequence[str]] = lambda args: ()) -> Namespace:
     """Parse a command line with `add_backbone`'s options; unless --image-size is given, a checkpoint's own size is taken.
 
-    `resumed` names the file of an evaluation that is resumed, which counts more than --pretrained.
+    `resumed` names the files of an evaluation that is resumed, which count more than --pretrained.
     """
     args = parser.parse_args()
-    for file in filter(None, (args.pretrained, resumed(args))):
+    for file in filter(None, (*resumed(args), args.pretrained)):
         with suppress(checkpoint.CheckpointError):  # told where it is opened
             if size := checkpoint.trained_at(file):
                 parser.set_defaults(image_size=size)
+                break
     return parser.parse_args()
 
 

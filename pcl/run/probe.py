@@ -47,22 +47,23 @@ class Probe:
     source: dict[str, str]  # where the backbone comes from
 
 
-def resumed_file(args: Namespace) -> str | Path | None:
-    """The checkpoint to go on from; of several heads' the first."""
-    if args.resume != "auto":
-        return args.resume
-    folder = RESULTS / args.id
-    return next(iter([*folder.glob(LAST), *sorted(folder.glob(f"lr_*/{LAST}"))]), None)
+def places_of(args: Namespace) -> list[tuple[str, Path, str]]:
+    """Of each head the name, the folder of its checkpoints, and the checkpoint to go on from; empty if there is none.
 
-
-def open_probe(args: Namespace, classes: list[str]) -> Probe:
-    """New heads on the backbone that the options name, or those to go on from; CheckpointError if a file does not fit."""
-    # Such as ["0.3", "5"]; of a single learning rate [""], whose files and values bear no mark.
+    Names are such as "0.3" and "5"; of a single learning rate "", whose files and values bear no mark.
+    """
     names = [str(lr).removesuffix(".0") for lr in args.lr] if len(args.lr) > 1 else [""]
     folders = [RESULTS / args.id / f"lr_{name}" if name else RESULTS / args.id for name in names]
     paths = [str(args.resume or "")] * len(names)
     if args.resume == "auto":
         paths = [str(folder / LAST) if (folder / LAST).exists() else "" for folder in folders]
+    return list(zip(names, folders, paths, strict=True))
+
+
+def open_probe(args: Namespace, classes: list[str]) -> Probe:
+    """New heads on the backbone that the options name, or those to go on from; CheckpointError if a file does not fit."""
+    places = places_of(args)
+    paths = [path for _, _, path in places]
     if args.pretrained or not all(paths):  # first, so that new heads begin alike beside those to go on from and without them
         backbone, source = inputs.open_backbone(args)
         with torch.no_grad():  # a copy without numbers takes no time, however large the images are
@@ -79,7 +80,7 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
             raise checkpoint.CheckpointError(f"--resume: {path} has a different backbone from {given}: {changed}")
         backbone, source = network, state["source"]
     heads = []
-    for lr, name, folder, path in zip(args.lr, names, folders, paths, strict=True):
+    for lr, (name, folder, path) in zip(args.lr, places, strict=True):
         head = Head(lr, folder, layer=loaded[path][1] if path else copy.deepcopy(layer), mark=f"_{name}" if name else "")
         head.state = loaded[path][2] if path else None
         head.epoch = head.state["epoch"] if head.state else args.start_epoch
