@@ -1,5 +1,6 @@
 """Find image files in folders and decode them."""
 
+import codecs
 import os
 import stat
 from collections import Counter
@@ -103,6 +104,11 @@ def in_words(others: Counter[str]) -> str:
 def tell_left_out(others: Counter[str]) -> str:
     """The end of an error about a folder without images: which files it has, and which endings are read."""
     return f"; {in_words(others)} there are left out: the extensions read are {', '.join(sorted(ENDINGS))}" if others else ""
+
+
+def encoding_of(content: bytes) -> str:
+    """The encoding of a list of names: UTF-16 if it begins with a mark of that, as Windows PowerShell writes it, else UTF-8."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def read_image(path: str | Path) -> Image.Image:

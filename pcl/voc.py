@@ -7,7 +7,6 @@ Reads any folder of this shape, with the classes that ImageSets/Main lists:
     DIR/VOCdevkit/VOC2007/ImageSets/Main/<class>_{trainval,test}.txt      name and 1, -1 or 0 (difficult)
 """
 
-import codecs
 import http.client
 import os
 import re
@@ -26,7 +25,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from pcl.images import find_images, read_image
+from pcl.images import encoding_of, find_images, read_image
 
 HINT = "; --download fetches VOC2007"
 HAS_FILTER = hasattr(tarfile, "data_filter")  # Python 3.11.2 (Debian 12) has none
@@ -184,11 +183,11 @@ def _lines(path: Path) -> list[str]:
 
 def _text(content: bytes) -> str:
     """A list or a file name, as programs on any system write them."""
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = encoding_of(content)
     try:
-        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError:
-        if utf_16:
+        if encoding == "utf-16":
             raise
         text = content.decode("latin-1")
     return unicodedata.normalize("NFC", text)  # macOS may separate letters and accents

@@ -1,6 +1,5 @@
 """What is checked before a linear probe starts, and which labels it is given."""
 
-import codecs
 import os
 from argparse import Namespace
 from dataclasses import replace
@@ -10,7 +9,7 @@ import numpy as np
 
 from pcl.cli import Parser
 from pcl.errors import RunError
-from pcl.images import list_folder, tell_left_out
+from pcl.images import encoding_of, list_folder, tell_left_out
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, preflight
 from pcl.run.preflight import Plan
@@ -90,8 +89,8 @@ def names_in(path: Path) -> set[str]:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"--subset {path}: it cannot be read ({error.strerror})") from error
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as of Windows PowerShell
-    text = content.decode("utf-16", "replace") if utf_16 else content.decode("utf-8-sig", "surrogateescape")
+    encoding = encoding_of(content)
+    text = content.decode(encoding, "replace" if encoding == "utf-16" else "surrogateescape")
     return {line.strip() for line in text.splitlines()} - {""}
 
 
