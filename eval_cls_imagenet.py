@@ -54,7 +54,7 @@ def get_parser() -> cli.Parser:
     probe = parser.add_argument_group("probe")
     probe.add_argument("-e", "--evaluate", action="store_true", help="score the finished probe of --resume and stop")
     probe.add_argument("--gamma", type=cli.fraction, default=0.1, metavar="G",
-                       help="factor of the learning rate at each epoch of --schedule")
+                       help="factor of the learning rate at each epoch of --schedule, in place of a tenth")
     probe.add_argument("--percent", type=cli.percentage, default=100.0, metavar="P",
                        help="train on P %% of the images of each class (at least one), drawn with --seed")
     probe.add_argument("--subset", type=cli.path, metavar="FILE",

@@ -69,8 +69,8 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         RunError: a checkpoint, an ending or an architecture that cannot be exported so; a full disk.
     """
     out = Path(out)
-    if out.suffix not in WRITERS:
-        raise CheckpointError(f"{out}: give it the extension .pth, .safetensors or .pkl, or none for timm's folder")
+    if out.suffix not in WRITERS or out.name.startswith("."):
+        raise CheckpointError(f"{out}: give a name with the extension .pth, .safetensors or .pkl, or none for timm's folder")
     if out.exists() or not out.parent.is_dir():
         raise CheckpointError(f"{out}: exists already, or its folder does not; name another file")
     network, arch = load_backbone(checkpoint, arch)
@@ -96,7 +96,7 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         raise
     lines = [f"{out}: {arch} without its fc. To load it:"]
     if not out.suffix:
-        return [*lines, f'  network = timm.create_model("local-dir:{out.resolve()}", pretrained=True)']
+        return [*lines, f"  network = timm.create_model({f'local-dir:{out.resolve()}'!r}, pretrained=True)"]
     if out.suffix == ".pkl":
         pixels = "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]"  # MEAN and STD of 0..255
         return [*lines, f"  MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB {pixels}"]
@@ -105,7 +105,7 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         lines.append("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")
         lines.append(f"  network.conv1 = torch.nn.{network.conv1}")
     is_torch = WRITERS[out.suffix] is torch.save
-    opened = f'torch.load("{out}", weights_only=True)' if is_torch else f'safetensors.torch.load_file("{out}")'
+    opened = f"torch.load({str(out)!r}, weights_only=True)" if is_torch else f"safetensors.torch.load_file({str(out)!r})"
     return [*lines, f"  network.load_state_dict({opened}, strict=False)  # fc stays random"]
 
 

@@ -78,11 +78,11 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
             with using(source):
                 result = json.loads(source.read_text())
                 if source in results or (isinstance(result, dict) and "checkpoint" in result):
-                    name = name_of(result)
-                    folder = result["settings"].get("folder") == "True"  # accuracies, which have no classes
+                    folder = result.get("settings", {}).get("folder") == "True"  # accuracies, which have no classes
                     drawn = [kind for kind in kinds if kind in result and not (folder and kind == "full")]
                     if source in results and not drawn:
                         raise RunError(f"{source}: it holds neither average precisions nor low-shot scores")
+                    name = name_of(result)
                     for kind in drawn:
                         kinds[kind][1]({name: result[kind]})  # a result that cannot be drawn must not spoil the others
                         found[kind][f"{name} ({source})" if name in found[kind] else name] = result[kind]

@@ -31,13 +31,13 @@ def assert_equal(found, expected):
 
 
 def test_safetensors_are_read_by_their_library(checkpoint, tmp_path, capsys):
-    library = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors")
     path, weights = checkpoint
-    run_script(export, "export", path, tmp_path / "b.safetensors")
-    run_script(export, "export", tmp_path / "b.safetensors", tmp_path / "again", "--arch", ARCH)
+    run_script(export, "export", path, tmp_path / 'b".safetensors')
+    run_script(export, "export", tmp_path / 'b".safetensors', tmp_path / "again", "--arch", ARCH)
     assert json.loads((tmp_path / "again/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 224, 224]
-    assert f'safetensors.torch.load_file("{tmp_path / "b.safetensors"}")' in capsys.readouterr().out
-    assert_equal(library.load_file(tmp_path / "b.safetensors"), weights)
+    call = re.search(r"safetensors\.torch\.load_file\(.*?\)", capsys.readouterr().out)[0]
+    assert_equal(eval(call, {"safetensors": safetensors}), weights)
 
 
 def test_safetensors_hold_every_number_where_the_header_says(checkpoint, tmp_path):
@@ -122,8 +122,9 @@ def test_a_folder_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("out", "told"),
     [
-        ("b.onnx", r"b\.onnx: give it the extension \.pth, \.safetensors or \.pkl"),
-        ("b.pth.tar", "give it the extension"),
+        ("b.onnx", r"b\.onnx: give a name with the extension \.pth, \.safetensors or \.pkl"),
+        ("b.pth.tar", "give a name with the extension"),
+        (".pth", "give a name with the extension"),  # of an unset variable: $NAME.pth
         ("b.pkl", "have no shufflenet_v2_x0_5"),
         ("b", "have no shufflenet_v2_x0_5"),
     ],

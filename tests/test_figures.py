@@ -66,9 +66,12 @@ def test_of_accuracies_the_curves_are_drawn(tmp_path, capsys):
     (tmp_path / "few.json").write_text(json.dumps(made | {"low_shot": shots}))
     (tmp_path / "all.json").write_text(json.dumps(made | {"full": {"accuracy": 0.7, "ap": {"accuracy": 0.7}}}))
     (tmp_path / "._few.json").write_bytes(b"\0\5\x16\7")  # macOS leaves one beside each file on a foreign disk
-    run_script(figures, tmp_path, "--results", tmp_path / "all.json")
-    told = f"left out: {tmp_path}/all.json: it holds neither average precisions nor low-shot scores"
-    assert capsys.readouterr().out == f"{told}\n{tmp_path}/figures/low_shot.png\n"
+    (tmp_path / "features").mkdir()
+    others = [tmp_path / "all.json", tmp_path / "features/results.json"]
+    others[1].write_text('{"command": "pcl.features"}')
+    run_script(figures, tmp_path, "--results", *others)
+    told = [f"left out: {path}: it holds neither average precisions nor low-shot scores\n" for path in others]
+    assert capsys.readouterr().out == "".join(told) + f"{tmp_path}/figures/low_shot.png\n"
 
 
 def test_every_picture_is_written_and_shows_something(six_classes, tmp_path):

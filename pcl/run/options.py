@@ -34,7 +34,7 @@ def add_training(
                        help="images in a step, a total over this node's training processes")
     group.add_argument("--lr", type=lr_type, default=lr, metavar="LR", help=lr_help)
     group.add_argument("--schedule", type=natural, nargs="*", default=list(schedule), metavar="EPOCH",
-                       help="epochs at which the learning rate falls, by default to a tenth")
+                       help="epochs at which the learning rate falls to a tenth")
     group.add_argument("--momentum", type=cli.fraction, default=0.9, metavar="M", help="momentum of SGD")
     group.add_argument("--wd", "--weight-decay", dest="wd", type=cli.nonnegative_float, default=wd, metavar="WD",
                        help="weight decay")
