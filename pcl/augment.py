@@ -59,12 +59,18 @@ def normalize(images: Tensor) -> Tensor:
     The result equals that of torchvision's ToTensor and Normalize to the bit. Move the uint8 images to the device first: they
     have a quarter of the bytes. TypeError: images of another dtype, which may be normalized already.
     """
+    x = _fractions(images)
+    _, mean, std = pixel_statistics(x.device)
+    return x.sub_(mean).div_(std)
+
+
+def _fractions(images: Tensor) -> Tensor:
+    """The checked images in 0..1."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images are {getattr(images, 'dtype', type(images))}; a tensor of uint8 in 0..255 is needed")
     if images.dim() < 3 or images.shape[-3] != 3:
         raise ValueError(f"images have the shape {tuple(images.shape)}; it must be (..., 3, H, W)")
-    white, mean, std = pixel_statistics(images.device)
-    return images.float().div_(white).sub_(mean).div_(std)
+    return images.float().div_(pixel_statistics(images.device)[0])
 
 
 @cache
@@ -173,8 +179,8 @@ def apply_deferred(images: Tensor, parameters: Tensor, aug_plus: bool) -> Tensor
 
     The host never waits for a GPU, since it knows the parameters.
     """
-    white, mean, std = pixel_statistics(images.device)
-    x = images.float().div_(white)
+    x = _fractions(images)
+    _, mean, std = pixel_statistics(x.device)
     changes = ordered_changes(parameters, aug_plus)
     lengths = [len(rows) for _, rows, _ in changes]
     rows = on_device(torch.cat([rows for _, rows, _ in changes]), x.device).split(lengths)  # all in one transfer
@@ -235,7 +241,8 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
     place = torch.arange(-TAPS, TAPS + 1, device=x.device)
     weight = torch.exp(-0.5 * (place / radius) ** 2)  # (B, 1, 1, taps)
     weight = (weight / weight.sum(dim=-1, keepdim=True)).repeat_interleave(channels, dim=0)  # (3 B, 1, 1, taps)
-    flat = F.pad(x, (TAPS, TAPS, TAPS, TAPS), mode="replicate").view(1, count * channels, height + 2 * TAPS, -1)
-    flat = F.conv2d(flat, weight, groups=count * channels)
-    flat = F.conv2d(flat, weight.transpose(2, 3), groups=count * channels)
+    flat = F.pad(x, (TAPS, TAPS, TAPS, TAPS), mode="replicate").reshape(1, count * channels, height + 2 * TAPS, -1)
+    with torch.autocast(x.device.type, enabled=False):  # a caller's would round to 16 bits
+        flat = F.conv2d(flat, weight, groups=count * channels)
+        flat = F.conv2d(flat, weight.transpose(2, 3), groups=count * channels)
     return flat.view(count, channels, height, width)

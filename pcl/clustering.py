@@ -72,7 +72,7 @@ def concentration(distance: Array, im2cluster: Array, num_cluster: int, temperat
     below("im2cluster", im2cluster.cpu(), num_cluster)
     if not ((distance >= 0) & distance.isfinite()).all():
         raise ValueError("distance must hold finite numbers of at least 0")
-    alpha = 0.0 if isinstance(alpha, int | float) and alpha == 0 else above_zero("alpha", alpha)
+    alpha = above_zero("alpha", alpha) if alpha != 0 else 0.0
     size = torch.bincount(im2cluster, minlength=num_cluster)  # (K,)
     spread = torch.bincount(im2cluster, weights=distance.detach().double(), minlength=num_cluster)  # (K,)
     return concentration_of_sums(size, spread, temperature, alpha).to(distance.dtype)

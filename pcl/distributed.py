@@ -147,7 +147,7 @@ def shared_map(
     """`[function(job) for job in jobs]`, each job done by one rank and its result sent to all.
 
     Args:
-        function: gives tensors on the CPU; must not use a collective.
+        function: gives tensors on the CPU, of dtypes that NumPy has; must not use a collective.
         jobs: the same on every rank.
         cost: the expected work of each, in any unit, by which they are dealt out: equal costs, equal ranks.
         track: is given the numbers of this rank's jobs and gives them back one by one, to show how far it is.

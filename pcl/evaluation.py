@@ -119,7 +119,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Write what is asked of features, (N, C) for each of `splits`, into `out` in place of earlier results; tell the results.
 
-    `made` says how the features were made; file names are written relative to `data`.
+    `made` says how the features were made, "features": "backbone" or "momentum" among it; file names are written relative to
+    `data`.
     """
     results: dict[str, Any] = {"command": "pcl.features", **made, "classes": splits["train"].classes}
     for path in out.iterdir():

@@ -99,7 +99,11 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         return [*lines, f"  network = timm.create_model({f'local-dir:{out.resolve()}'!r}, pretrained=True)"]
     if out.suffix == ".pkl":
         pixels = "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]"  # MEAN and STD of 0..255
-        return [*lines, f"  MODEL.WEIGHTS {out} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB {pixels}"]
+        depth, channels = re.findall(r"\d+", arch)[0], weights["layer2.0.conv1.weight"].shape[1]
+        sizes = {"DEPTH": depth, "NUM_GROUPS": network.groups, "WIDTH_PER_GROUP": network.base_width}
+        sizes |= {"RES2_OUT_CHANNELS": channels, "STRIDE_IN_1X1": False}
+        resnet = " ".join(f"MODEL.RESNETS.{name} {value}" for name, value in sizes.items())
+        return [*lines, f"  MODEL.WEIGHTS {out} {resnet} INPUT.FORMAT RGB {pixels}"]
     lines.append(f"  network = torchvision.models.{arch}()")
     if small:
         lines.append("  network.maxpool = torch.nn.Identity()  # it was trained with --small-stem")

@@ -28,7 +28,7 @@ SIDE = 96  # of its images, in pixels
 DPI = 150
 
 
-def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
+def draw(exp_dir: str | Path, results: Sequence[str | Path] = ()) -> list[Path]:
     """Draw everything that the folder of a run, and further `results` of `eval_svm_voc.py`, have data for; the files written.
 
     Leaves out what cannot be drawn from a damaged or foreign file, and prints a line that names the file.
@@ -36,6 +36,7 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
     Raises:
         RunError: nothing could be drawn.
     """
+    exp_dir, given = Path(exp_dir), [Path(path) for path in results]
     written: list[Path] = []
     failures: dict[Path, str] = {}
 
@@ -74,13 +75,13 @@ def draw(exp_dir: Path, results: Sequence[Path] = ()) -> list[Path]:
                             picture(f"prototypes_{len(g['prototypes'])}", source, nearest_images, g, last, images)
         kinds = {"full": ("ap_per_class", plots.ap_per_class), "low_shot": ("low_shot", plots.low_shot_curves)}
         found: dict[str, dict[str, dict]] = {kind: {} for kind in kinds}
-        for source in {path.resolve(): path for path in [*sorted(exp_dir.glob("[!.]*.json")), *results]}.values():
+        for source in {path.resolve(): path for path in [*sorted(exp_dir.glob("[!.]*.json")), *given]}.values():
             with using(source):
                 result = json.loads(source.read_text())
-                if source in results or (isinstance(result, dict) and "checkpoint" in result):
+                if source in given or (isinstance(result, dict) and "checkpoint" in result):
                     folder = result.get("settings", {}).get("folder") == "True"  # accuracies, which have no classes
                     drawn = [kind for kind in kinds if kind in result and not (folder and kind == "full")]
-                    if source in results and not drawn:
+                    if source in given and not drawn:
                         raise RunError(f"{source}: it holds neither average precisions nor low-shot scores")
                     name = name_of(result)
                     for kind in drawn:

@@ -66,7 +66,8 @@ class IndexedFolder(Dataset):
         read: maps a path to an image; by default a PIL image in RGB.
         skip: paths of images to leave out, as `path` gives them.
 
-    `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` means epoch 0.
+    `folder[epoch, i]` is (transform(image i), i) with the random numbers of that epoch; `folder[i]` means epoch 0. Read it
+    from one thread at a time (loader processes may be many): the random numbers are those of the process's one generator.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -191,17 +192,9 @@ def indices_of_rank(num_images: int) -> range:
 
 def make_loader(dataset: Dataset, sampler: Sampler | range, batch_size: int, workers: int, **options: Any) -> DataLoader:
     """A DataLoader with these `options` that leaves the process's random generators alone. RunError: what the user can fix."""
-    return _Loader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),
-        worker_init_fn=_start_worker,
-        **options,
-    )
+    defaults = {"pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0, "generator": torch.Generator()}
+    options = {**defaults, "worker_init_fn": _start_worker, **options}
+    return _Loader(dataset, batch_size, sampler=sampler, num_workers=workers, **options)
 
 
 # Otherwise an iterator that failed to start prints another error when it is deleted.

@@ -68,7 +68,8 @@ def one_shot_accuracy(
     accuracy = []
     for _ in range(integer("draws", draws, least=1)):
         chosen = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
-        nearest = (query @ known[chosen].T).argmax(dim=1)  # (Q,)
+        with torch.autocast(query.device.type, enabled=False):  # a caller's would round to 16 bits
+            nearest = (query @ known[chosen].T).argmax(dim=1)  # (Q,)
         accuracy.append((classes[nearest] == label).float().mean())
     return float(torch.stack(accuracy).mean())
 

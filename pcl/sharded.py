@@ -56,9 +56,10 @@ def cluster_all_sharded(
     features = tensors(features=(features, "n C"))[0].detach()
     num_images, temperature = integer("num_images", num_images, 1), above_zero("temperature", temperature)
     jobs = clustering.jobs_of(num_clusters, seeds, num_images)
-    rows = int(sum_over_ranks(torch.tensor(len(features), device=features.device)))
-    if rows != num_images:
-        raise ValueError(f"num_images is {num_images}, but the ranks have {rows} rows of features")
+    rows = len(range(get_rank(), num_images, get_world_size()))
+    if sum_over_ranks(torch.tensor(int(len(features) != rows), device=features.device)):  # on one rank: all raise
+        told = f"{len(features)} rows of features on this rank, where {rows} are due"
+        raise ValueError(f"num_images is {num_images}: there are {told}, or others have too many or few")
     features, prototypes_of = clustering.held_by_float32(features, sum_over_ranks)
     features = features.float().contiguous()
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))
@@ -146,7 +147,8 @@ def assign_in_tiles(features: Tensor, centroids: Tensor, tile: tuple[int, int] =
     # cuBLAS adds a vector to a product in its epilogue if neither has a factor, so -2 goes into the matrix, which is exact.
     parts = [(part.square().sum(dim=1), -2 * part.T) for part in centroids.split(many)]  # (many,), (C, many)
     for rows in features.split(images):
-        least, where = zip(*(torch.addmm(length, rows, part).min(dim=1) for length, part in parts), strict=True)
+        with torch.autocast(features.device.type, enabled=False):  # a caller's would round to 16 bits
+            least, where = zip(*(torch.addmm(length, rows, part).min(dim=1) for length, part in parts), strict=True)
         best = torch.stack(least).argmin(dim=0)  # (images,) the part that has the nearest
         place = torch.stack(where).gather(0, best[None])[0] + best * many
         # Small distances are differences of large numbers there; the found one is measured directly.

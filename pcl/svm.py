@@ -67,7 +67,7 @@ def svm_scores(features: Features, job: Job, seed: int) -> np.ndarray:
     """
     positive = np.where(features.train_labels[job.rows, job.label] > 0, 1, -1)  # published: difficult is negative
     if positive.min() == 1:
-        return np.zeros(len(features.test))
+        return np.zeros(FOLDS if job.cross_validated else len(features.test))
     svm = LinearSVC(
         penalty="l2", loss="squared_hinge", dual=True, C=job.cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0,
         tol=1e-4, max_iter=2000, random_state=seed,

@@ -87,6 +87,23 @@ def test_an_image_s_views_do_not_depend_on_its_batch():
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+def test_neither_a_caller_s_autocast_nor_a_memory_format_changes_a_view():
+    images, blurred = photos(), torch.tensor([[1.2, 1, 1, 0.1, 0, 1, 2, 3, 0, 1.5]]).repeat(24, 1)
+    expected = apply_deferred(images, blurred, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(apply_deferred(images, blurred, True), expected)
+    assert torch.equal(apply_deferred(images.contiguous(memory_format=torch.channels_last), blurred, True), expected)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_images_that_are_no_bytes_of_three_channels_are_refused(on_device):
+    views, images = Augmentation(64, True, on_device), photos()
+    neutral = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]]).repeat(24, 1)
+    for wrong, error in ((images.float() / 255, TypeError), (images[:, :1], ValueError)):
+        with pytest.raises(error, match=r"^images"):
+            views.apply((wrong, neutral) if on_device else wrong, torch.device("cpu"))
+
+
 def test_nothing_to_do_is_normalization_to_the_bit():
     neutral = torch.tensor([[1.0, 1, 1, 0, 0, 1, 2, 3, 0, 0]]).repeat(24, 1)
     assert torch.equal(apply_deferred(photos(), neutral, True), normalize(photos()))

@@ -195,6 +195,7 @@ WRONG = {
     "queries of other columns": (lambda: nearest_neighbours(X, X[:, :4], 1), "query"),
     "more neighbours than rows": (lambda: nearest_neighbours(X, X, 21), "k"),
     "no neighbour": (lambda: nearest_neighbours(X, X, 0), "k"),
+    "alpha a word": (lambda: concentration([0.1, 0.2], [0, 1], 2, 0.2, alpha="ten"), "alpha"),
     "a distance too few": (lambda: concentration([0.1], [0, 1], 2, 0.2), "im2cluster"),
     "a cluster beyond K": (lambda: concentration([0.1, 0.2], [0, 2], 2, 0.2), "im2cluster"),
     "a cluster below 0": (lambda: concentration([0.1, 0.2], [0, -1], 2, 0.2), "im2cluster"),

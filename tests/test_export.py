@@ -88,6 +88,8 @@ def test_a_pickle_has_detectron2_s_names(checkpoint, tmp_path):
     told = export.export(path, tmp_path / "b.pkl")[-1]
     pixels = [[float(number) / 255 for number in numbers.split(",")] for numbers in re.findall(r"\[(.+?)\]", told)]
     np.testing.assert_allclose(pixels, [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    assert "MODEL.RESNETS.DEPTH 18" in told
+    assert "MODEL.RESNETS.RES2_OUT_CHANNELS 64" in told  # detectron2's defaults are a ResNet-50's
     content = pickle.loads((tmp_path / "b.pkl").read_bytes())
     assert content["matching_heuristics"] is True
     found = content["model"]

@@ -247,7 +247,7 @@ def test_views_depend_on_seed_epoch_and_index_alone(image_folder):
         sampler = EpochSampler(folder, seed=3)
         sampler.set_epoch(epoch)
         torch.manual_seed(epoch + workers)  # the process's generator has no say
-        batches = list(make_loader(folder, sampler, 5, workers))
+        batches = list(make_loader(folder, sampler, 5, workers, persistent_workers=False))  # an option replaces a default
         order = torch.cat([index for _, index in batches]).argsort()
         return torch.cat([torch.cat([im_q, im_k], 1) for (im_q, im_k), _ in batches])[order]
 

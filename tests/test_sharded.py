@@ -84,6 +84,8 @@ def test_tiles_find_the_nearest_centroid(tile):
     torch.testing.assert_close(squared, expected.values.float(), rtol=1e-5, atol=1e-6)
     for ours, faiss_s in zip((squared, nearest), assign(features, centroids), strict=True):
         torch.testing.assert_close(ours, faiss_s, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # a caller's, which must not round
+        assert torch.equal(assign_in_tiles(features, centroids, tile)[1], nearest)
 
 
 @pytest.mark.parametrize(("features", "k"), [(unit_rows(10, 4), 11), (torch.full((10, 4), torch.nan), 2)])
@@ -147,6 +149,8 @@ def test_a_gpu_rounds_to_tf32_only_where_asked_whatever_the_caller_has_set(monke
 
 
 def cluster_share(device, args, plan):
+    with pytest.raises(ValueError, match=r"^num_images"):  # on both ranks; otherwise one would wait for ever
+        cluster_all_sharded(unit_rows(30, 8)[: 16 - 2 * get_rank()], 30, [5], 0.2)
     features = unit_rows(301, 8)[get_rank() :: get_world_size()]  # two ranks do not divide them
     (clustering,) = cluster_all_sharded(features, 301, [15], 0.2)
     objective, _ = kmeans_sharded(features, 301, 15, seed=1)
