@@ -124,6 +124,8 @@ def evaluate(network: nn.Module, source: dict[str, str], train: Any, test: Any, 
     """Everything that the options ask for."""
     log(f"machine: {describe_machine()}")
     log(f"data: {len(train)} training and {len(test)} test images, {len(train.classes)} classes, at {args.image_size} pixels")
+    for line in [*train.layout_notes(), *test.layout_notes()] if args.folder else []:
+        log(line)
     start = time.monotonic()
     labels, drawn = [labels_of(images) for images in (train, test)], None
     if args.folder and args.low_shot:  # of very many images, those that are drawn are enough

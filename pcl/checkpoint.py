@@ -83,9 +83,9 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
             warnings.simplefilter("ignore")  # about files of another kind: the error says it too
             state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # of many kinds
-        # The first sentence of what torch found, without its advice to open the file unsafely.
         text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-        reason = text.splitlines()[0].partition(". ")[0]
+        reason = text.splitlines()[0].partition(". ")[0]  # the first sentence: not torch's advice to open it unsafely
+        reason += "; save its state dict alone, with torch.save, and give that" if " GLOBAL " in reason else ""
         raise CheckpointError(f"{path} is not a checkpoint that can be opened safely: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not the dictionary of a checkpoint")
@@ -95,14 +95,15 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
 def _check_records(path: Path) -> None:
     """Raise ValueError on damage, and on records that would need more memory than the file has bytes; torch checks neither."""
     with path.open("rb") as file:
-        if (start := file.read(4)) != b"PK\3\4":  # torch before 1.6
-            if start.isascii() and b"".join(start.split()).decode().isprintable():
-                raise ValueError("it is empty or a text, such as a web page or a pointer of Git LFS; fetch the file itself")
+        if (start := file.read(4)) != b"PK\3\4":
+            if start[:1] != b"\x80" and path.suffix != ".safetensors":  # how torch before 1.6 begins
+                raise ValueError("it is empty, a text (a web page, a pointer of Git LFS) or an archive; give the file itself")
             return
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise ValueError("its records are compressed, which torch.save never does")
+            stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            if not stored or all(record.filename.rpartition("/")[2] != "data.pkl" for record in records):
+                raise ValueError("it is an archive that torch.save did not write, or that was packed anew")
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("its records are larger than the file")
             # There are no checksums after torch.serialization.set_crc32_options(False).
@@ -181,8 +182,7 @@ def load_backbone(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
 
 
 def _named_arch(state: dict[str, Any]) -> str | None:
-    named = state.get("arch")
-    return named if isinstance(named, str) else None
+    return named if isinstance(named := state.get("arch"), str) else None
 
 
 def trained_at(path: str | Path) -> int | None:

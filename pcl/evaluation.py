@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ def _write(path: Path, content: str | np.ndarray) -> None:
     if isinstance(content, str):
         write_whole(path, lambda file: file.write(os.fsencode(content)))
     else:
-        write_whole(path, lambda file: np.save(file, content))
+        # A real file NumPy writes by itself, and does not say why that failed.
+        write_whole(path, lambda file: np.save(SimpleNamespace(write=file.write), content))
 
 
 def cluster_table(im2cluster: Tensor, images: IndexedFolder, data: Path) -> str:

@@ -25,7 +25,7 @@ from pcl.errors import RunError
 from pcl.evaluation import check, claim, evaluate
 from pcl.loader import IndexedFolder, make_loader
 from pcl.networks import architectures
-from pcl.terminal import leave_on_signals
+from pcl.terminal import leave_on_signals, tell
 
 # Letters: N images, n of them on this rank, B batch, C features.
 
@@ -162,6 +162,8 @@ def main() -> None:
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
         check(splits, args.num_cluster, args.logistic)
+        for line in [line for images in splits.values() for line in images.layout_notes()]:
+            tell(line)
         with claim(args.out), parser.telling(1):
             features = {}
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -140,7 +140,8 @@ def why_unreadable(path: str | Path) -> str:
 def bits_used(path: str | Path) -> int:
     """Bits that the largest value of an image with 16 bits a channel needs; 0 for other images."""
     with _opened(path) as image:
-        if ";16" not in str(image.tile):
+        mode = f"{image.mode} {image.tile}"
+        if ";16" not in mode or "I;12" in mode:  # a TIFF that says that it has 12 bits is read as such
             return 0
         pixels = np.asarray(image)
         low = 8 if pixels.ndim == 3 else 0  # of colors, Pillow keeps the high byte alone

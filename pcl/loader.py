@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -48,6 +48,9 @@ REMEDIES = {  # by the words of an error in loading, which may be a worker's
     "allocate memory|MemoryError": f"out of memory while loading: use {FEWER}",
     "DataLoader worker .pid|^Connection|^EOFError|Pin memory thread": (
         f"a loader process has ended, usually for lack of memory or of shared memory (docker run --shm-size=8g): use {FEWER}"
+    ),
+    "Resource temporarily unavailable|can't start new thread": (
+        f"the system allows no more processes or threads: raise the limit (ulimit -u, docker run --pids-limit), or use {FEWER}"
     ),
     "AF_UNIX path too long": "the path in TMPDIR is too long for sockets; set another, such as TMPDIR=/tmp",
 }
@@ -150,7 +153,7 @@ class IndexedFolder(Dataset):
             lines.append(f"note: the classes are {folders}; all images lie deeper, in folders below them")
         looked = np.unique(np.linspace(0, len(self) - 1, 32).astype(int))
         with suppress(images.UnreadableImageError):  # training reports it
-            bits = images.bits_used(self.path(0)) and max(images.bits_used(self.path(i)) for i in looked)
+            bits = max(images.bits_used(self.path(i)) for i in looked)
             if 0 < bits < 15:
                 factor = 2 ** (16 - bits)
                 lines.append(
@@ -197,8 +200,9 @@ def make_loader(dataset: Dataset, sampler: Sampler | range, batch_size: int, wor
     return _Loader(dataset, batch_size, sampler=sampler, num_workers=workers, **options)
 
 
-# Otherwise an iterator that failed to start prints another error when it is deleted.
+# Otherwise an iterator that failed to start, or to start all its workers, prints another error when it is deleted.
 _MultiProcessingDataLoaderIter._shutdown = True
+_MultiProcessingDataLoaderIter._workers_status = defaultdict(lambda: True)  # type: ignore[assignment]
 
 
 class _Loader(DataLoader):

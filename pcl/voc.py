@@ -14,6 +14,7 @@ import shutil
 import tarfile
 import unicodedata
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,19 @@ class VOCSplit(Dataset):
         classes = sorted(path.name.removesuffix("_trainval.txt") for path in training_lists.glob("[!.]*_trainval.txt"))
         if not classes:
             raise VOCError(f"{training_lists} holds no <class>_trainval.txt")
-        found = [images.get(name, [name]) for name in names]
+        if absent := [name for name in names if name not in images]:
+            told = f"no image in {folder / 'JPEGImages'} is called {absent[0]} ({len(absent)} such names)"
+            raise VOCError(f"{lists / split}.txt: {told}; correct the list, or put the images there{HINT}")
+        found = [images[name] for name in names]
         self._paths = [paths[0] for paths in found]
-        if len(set(self._paths)) < len(found):
-            raise VOCError(f"{lists / split}.txt names an image twice")
+        path, times = Counter(self._paths).most_common(1)[0]
+        if times > 1:
+            raise VOCError(f"{lists / split}.txt names {path} twice")
         self.names, self.classes = names, classes
         self.labels = np.stack([_labels(lists / f"{name}_{split}.txt", self._paths, images) for name in classes], axis=1)
         for first, *others in found:
             if others:
                 raise VOCError(f"{first} and {others[0]} have the same name in the lists; remove or rename one of them")
-        if absent := [folder / "JPEGImages" / name for name in names if name not in images]:
-            missing = f"{len(absent)} images of {split} are missing, the first {absent[0]}.jpg"
-            raise VOCError(f"{missing} (or with another extension); put them there{HINT}")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -97,7 +99,8 @@ def find_folder(root: Path, split: str) -> Path:
         other_years = ", ".join(sorted(other))
         hint = f"; there is {other_years}, but only the test labels of VOC2007 are public: give a folder that holds it"
     for above in reversed(root.resolve().parents[:3]):
-        if [*above.glob(name), *above.glob(usual + name), *above.glob(f"*/{usual}{name}")]:
+        both = [f"ImageSets/Main/{part}.txt" for part in ("trainval", "test")]
+        if all(len([*above.glob(one), *above.glob(usual + one), *above.glob(f"*/{usual}{one}")]) == 1 for one in both):
             hint = f"; give {above} instead, which has it"
     raise VOCError(f"{root / usual / name}: no such file{hint}")
 

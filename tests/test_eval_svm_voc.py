@@ -261,12 +261,15 @@ def test_the_defaults_are_the_published_ones():
 @pytest.mark.slow
 def test_single_label_folders_are_scored_by_accuracy(six_classes, pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_svm_voc, "SHOTS", (1, 2))
+    monkeypatch.setattr(IndexedFolder, "layout_notes", lambda images: [f"a note on {images.root.name}"])
     options = [six_classes, "--folder", "--pretrained", pretrained, "--image-size", 32, "--num-workers", 0]
     run_script(eval_svm_voc, *options, "--output", tmp_path / "full.json", "--cost", "0.5,2")
     run_script(eval_svm_voc, *options, "--output", tmp_path / "low.json", "--low-shot")
     full = json.loads((tmp_path / "full.json").read_text())["full"]
     low = json.loads((tmp_path / "low.json").read_text())["low_shot"]
-    assert f"accuracy {100 * full['accuracy']:.1f}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"accuracy {100 * full['accuracy']:.1f}" in told
+    assert told.count("a note on train\na note on val\n") == 2
 
     args = args_of("--pretrained", str(pretrained), "--image-size", "32", "--num-workers", "0")
     network, _ = inputs.open_backbone(args)

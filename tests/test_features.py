@@ -1,5 +1,6 @@
 import csv
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -187,8 +188,11 @@ def test_images_without_labels_give_features_and_a_table(pretrained, tmp_path, c
     (data / "below").mkdir(parents=True)
     for name in ("b, c.png", "a.png", "below/ä.png"):
         Image.new("RGB", (20, 20), (len(name) * 20, 0, 99)).save(data / name)
+    (data / "c.heic").touch()
     run_script(features, pretrained, data, "--out", tmp_path / "out", "--num-cluster", 2, *SMALL)
-    assert "no labels" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no labels" in told
+    assert f"data: left out of {data}: 1 .heic\n" in told
     written = ["clusters_2.csv", "results.json", "train.npy", "train.txt"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     with (tmp_path / "out" / "clusters_2.csv").open(newline="", encoding="utf-8") as file:
@@ -277,6 +281,18 @@ def test_every_rank_needs_an_image(monkeypatch):
     monkeypatch.setattr(features, "get_world_size", lambda: 3)
     with pytest.raises(RunError, match=r"2 images for 3 processes; start fewer \(--nproc\)"):
         features.extract_features(pytest.fail, [], 2, torch.device("cpu"))
+
+
+def test_a_disk_that_fills_up_within_an_array_is_told_as_such(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"train\.npy cannot be written: File too large"):
+            evaluation._write(tmp_path / "train.npy", np.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    evaluation._write(tmp_path / "train.npy", np.arange(9.0).reshape(3, 3).T)
+    np.testing.assert_array_equal(np.load(tmp_path / "train.npy"), np.arange(9.0).reshape(3, 3).T)
 
 
 def test_an_unreadable_image_is_one_line_during_the_work(pretrained, tmp_path, capsys):

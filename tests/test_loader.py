@@ -225,6 +225,11 @@ def test_few_of_16_bits_are_remarked_on(tmp_path):
         f"note: images of {tmp_path} use 12 of their 16 bits (32 looked at), so that the network sees about 16 "
     )
     assert "mogrify -evaluate multiply 16 " in note
+    Image.new("L", (4, 6)).save(tmp_path / "00.png")  # the first has 8 bits
+    Image.fromarray(np.full((4, 6), 4095, np.uint16)).save(tmp_path / "39.jp2")
+    (tmp_path / "39.png").unlink()
+    assert "use 12 of their 16 bits" in IndexedFolder(tmp_path, np.asarray).layout_notes()[0]
+    (tmp_path / "39.jp2").unlink()
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(tmp_path / "39.png")
     assert IndexedFolder(tmp_path, np.asarray).layout_notes() == []
     (tmp_path / "39.png").write_bytes(b"")  # training tells
@@ -483,6 +488,23 @@ FAILURES = {
 def test_what_a_worker_runs_out_of_is_one_line_with_its_remedy(how, told):
     with pytest.raises(RunError, match=told):
         list(make_loader(Fails(how), range(2), 1, workers=1))
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # Python 3.12 and later warn of forks
+def test_a_second_worker_that_cannot_be_started_is_one_line_with_its_remedy(monkeypatch):
+    errors, forks, fork = [], iter(range(2)), os.fork
+
+    def second_fails():
+        if next(forks):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", second_fails)
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    with pytest.raises(RunError, match=r"no more processes or threads: raise the limit \(ulimit -u"):
+        list(make_loader(range(2), range(2), 1, workers=2, multiprocessing_context="fork"))
+    gc.collect()
+    assert not errors
 
 
 def test_the_end_of_the_thread_that_pins_batches_is_one_line_with_its_remedy(monkeypatch):

@@ -62,7 +62,11 @@ WRONG = {
     "no folder": (lambda root: (lists(root) / "trainval.txt").unlink(), r"trainval\.txt: no such file; --download"),
     "an image is missing": (
         lambda root: (root / "VOCdevkit/VOC2007/JPEGImages/000007.jpg").unlink(),
-        r"1 images of trainval are missing, the first .*000007\.jpg \(or with another extension\); put them there; --download",
+        r"trainval\.txt: no image in .*/JPEGImages is called 000007 \(1 such names\); correct the list.*; --download",
+    ),
+    "names are whole paths": (
+        lambda root: (lists(root) / "trainval.txt").write_text(f"000002\n{root}/VOCdevkit/VOC2007/JPEGImages/000001.jpg\n"),
+        r"trainval\.txt: no image in .*/JPEGImages is called /.*/JPEGImages/000001\.jpg \(1 such names\)",
     ),
     "a class file is short": (
         lambda root: cut(lists(root) / "dog_trainval.txt", 38),
@@ -80,7 +84,7 @@ WRONG = {
     "a split is empty": (lambda root: cut(lists(root) / "trainval.txt", 0), r"trainval\.txt names no image"),
     "an image twice": (
         lambda root: (lists(root) / "trainval.txt").write_text("000001\n000001\n"),
-        r"trainval\.txt names an image twice",
+        r"trainval\.txt names .*/000001\.jpg twice",
     ),
     "no classes": (lambda root: [p.unlink() for p in lists(root).glob("*_trainval.txt")], r"holds no <class>_trainval"),
 }
@@ -183,6 +187,15 @@ def test_the_folder_to_give_is_named(root, change, place, message):
     with pytest.raises(VOCError, match=message.format(root=root)) as error:
         VOCSplit(root / place, "test", np.asarray)
     assert "--download" not in str(error.value)
+
+
+def test_a_folder_above_that_does_not_settle_it_is_not_named(root):
+    shutil.copytree(root / "VOCdevkit", root.parent / "whole" / "VOCdevkit")
+    (lists(root) / "test.txt").unlink()
+    with pytest.raises(VOCError, match=r"test\.txt: no such file; --download"):
+        VOCSplit(root, "test", np.asarray)
+    with pytest.raises(VOCError, match=r"trainval\.txt lies in"):
+        VOCSplit(root.parent, "trainval", np.asarray)
 
 
 def test_low_shot_draws_k_images_that_show_each_class():
