@@ -44,7 +44,10 @@ class Augmentation:
         self.center = center_view(size, tensors=on_device)
 
     def apply(self, view: Any, device: torch.device, channels_last: bool = False) -> Tensor:
-        """A loader's batch of views, (B, 3, size, size) uint8 -> the same shape, float32, normalized, on the device."""
+        """A loader's batch of views, (B, 3, size, size) uint8 -> the same shape, float32, normalized, on the device.
+
+        `on_device`, a batch is a pair: the views and their parameters, (B, 10).
+        """
         if self.on_device:
             crops, parameters = view
             images = apply_deferred(crops.to(device, non_blocking=True), parameters, self.aug_plus)

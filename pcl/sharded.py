@@ -94,6 +94,7 @@ def kmeans_sharded(
     start[torch.from_numpy(here)] = features[torch.from_numpy(first[here] // world).to(features.device)]
     if seen is not None:
         features = features[torch.from_numpy(seen[seen % world == rank] // world).to(features.device)]
+    del seen, first  # they hold whole permutations
     options = {"niter": clustering.ITERATIONS, "seed": start_seed, "verbose": False, "return_stats": True}
     centroids, steps = kmeans(num_cluster, RankAssign(features, sum_over_ranks(start), tf32), **options)
     return steps[-1]["obj"], centroids.float()
