@@ -179,13 +179,14 @@ def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
         for head, metrics in trained:
             metrics |= validate(head.layer, val_features, val_labels)
             told |= {f"{name}{head.mark}": value for name, value in metrics.items()}
-            head.history.append({"epoch": epoch, **metrics})
-            head.epoch = epoch + 1
-            save(model, head, train_set.classes, args, plan)
         shown = "  ".join(f"{name} {value:.2f} %" for name, value in told.items() if name.startswith("test"))
         log(f"epoch {epoch + 1}/{args.epochs}  {shown}")
         record.write(epoch=epoch, **told)
         board.write(epoch, **told)
+        for head, metrics in trained:  # last: a resumed run does not record again what is saved
+            head.history.append({"epoch": epoch, **metrics})
+            head.epoch = epoch + 1
+            save(model, head, train_set.classes, args, plan)
     report(model, args, val_set.classes)
 
 

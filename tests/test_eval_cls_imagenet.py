@@ -17,6 +17,7 @@ from eval_cls_imagenet import validate
 from pcl.augment import center_view, crop_view, normalize
 from pcl.checkpoint import load, load_backbone, load_probe
 from pcl.distributed import seed_everything
+from pcl.errors import RunError
 from pcl.features import extract_features
 from pcl.loader import EpochSampler, IndexedFolder, indices_of_rank
 from pcl.networks import backbone
@@ -494,6 +495,36 @@ def test_the_pixels_are_a_backbone(six_classes, tmp_path):
         6,
         3 * 32 * 32,
     )
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_the_first_of_equal_ones_in_the_file_too(six_classes, pretrained, tmp_path):
+    script(six_classes, "--pretrained", pretrained, "--lr", "1e-9", "--id", "still", "--output", "o.json")
+    told = json.loads((tmp_path / "o.json").read_text())
+    assert len({metrics["test_acc"] for metrics in told["epochs"]}) == 1
+    (best,) = load(tmp_path / "Linear_eval/still/model_best.pth.tar")["history"]
+    assert best == told["best"] == told["epochs"][0]
+
+
+@pytest.mark.slow
+def test_what_a_probe_has_saved_it_has_recorded(six_classes, pretrained, tmp_path):
+    saved, save = [], eval_cls_imagenet.save
+
+    def stop_at_the_second(model, head, *rest):
+        if saved:
+            raise RunError("stopped")
+        saved.append(head.mark)
+        save(model, head, *rest)
+
+    options = [six_classes, "--pretrained", pretrained, "--lr", "0.03,3", "--epochs", 1, "--id", "stopped"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_cls_imagenet, "save", stop_at_the_second)
+        with pytest.raises(SystemExit):
+            script(*options)
+    script(*options, "--resume", "auto")
+    records = (tmp_path / "Linear_eval/stopped/log.jsonl").read_text()
+    assert saved == ["_0.03"]
+    assert (records.count('"test_acc_0.03"'), records.count('"test_acc_3"')) == (1, 2)
 
 
 @pytest.mark.slow

@@ -122,11 +122,12 @@ def save(model: Probe, head: Head, classes: list[str], args: Namespace, plan: Pl
     network = model.backbone.state_dict() | {f"fc.{name}": value for name, value in head.layer.state_dict().items()}
     weights = {f"module.{name}": value for name, value in network.items()}
     state = {"epoch": head.epoch, "arch": model.source["arch"], "state_dict": weights, "optimizer": head.optimizer.state_dict()}
-    state |= {"history": head.history, "best_acc1": max(metrics["test_acc"] for metrics in head.history)}
+    best = max(head.history, key=lambda metrics: metrics["test_acc"])  # the first of equal ones, as published
+    state |= {"history": head.history, "best_acc1": best["test_acc"]}
     state |= {"classes": classes, "source": model.source, "finetune": args.finetune}
     state |= {"seed": plan.seed, "deterministic": plan.deterministic, "args": head.settings(args, plan)}
     head.folder.mkdir(exist_ok=True)
-    if head.history[-1]["test_acc"] == state["best_acc1"]:  # first, so that a run stopped in between repeats the epoch
+    if head.history[-1] is best:  # first, so that a run stopped in between repeats the epoch
         checkpoint.save(head.folder / BEST, state)
     checkpoint.save(head.folder / LAST, state)
 
