@@ -312,13 +312,13 @@ def gains_of(out: Path) -> Gains:
 
 
 def draw_gains(gains: Gains) -> Figure:
-    """What PCL is ahead of MoCo over how pure its clusters are, with 95 % intervals where there are several seeds."""
+    """What PCL is ahead of MoCo over how pure its clusters are, with 95 % intervals where there are three seeds or more."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     scores = ["kNN", "few labels (mean of k)"]
     for axes, score in zip(figure.subplots(1, 2), scores, strict=True):
         for (series, points), color, marker in zip(gains.items(), COLORS, MARKERS, strict=False):
             purity, spreads = [p for p, _ in points], [spread(differences[score]) for _, differences in points]
-            bars = np.nan_to_num([half for _, _, half, _ in spreads])
+            bars = [half if seeds > 2 else 0 for _, _, half, seeds in spreads]
             axes.errorbar(purity, [mean for mean, *_ in spreads], bars, color=color, marker=marker, capsize=3, label=series)
         axes.axhline(0, color="gray", linewidth=0.8)
         axes.set(title=score, xlabel="purity of the clusters (%), about 20 images in each", ylabel="PCL minus MoCo (points)")
