@@ -162,8 +162,9 @@ def main() -> None:
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
         check(splits, args.num_cluster, args.logistic)
-        for line in [line for images in splits.values() for line in images.layout_notes()]:
-            tell(line)
+        for images in splits.values():
+            for line in images.layout_notes():
+                tell(line)
         with claim(args.out), parser.telling(1):
             features = {}
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

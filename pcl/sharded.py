@@ -58,8 +58,8 @@ def cluster_all_sharded(
     jobs = clustering.jobs_of(num_clusters, seeds, num_images)
     rows = len(range(get_rank(), num_images, get_world_size()))
     if sum_over_ranks(torch.tensor(int(len(features) != rows), device=features.device)):  # on one rank: all raise
-        told = f"{len(features)} rows of features on this rank, where {rows} are due"
-        raise ValueError(f"num_images is {num_images}: there are {told}, or others have too many or few")
+        told = f"this one has {len(features)} rows, its share is {rows}"
+        raise ValueError(f"num_images is {num_images}, and not every rank has its share of the features; {told}")
     features, prototypes_of = clustering.held_by_float32(features, sum_over_ranks)
     features = features.float().contiguous()
     runs = (kmeans_sharded(features, num_images, k, seed, restart, tf32) for k, seed, restart in track(jobs))

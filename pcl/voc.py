@@ -98,8 +98,8 @@ def find_folder(root: Path, split: str) -> Path:
     if other := {str(folder) for folder in years if re.fullmatch("VOC20(?!07)..", folder.resolve().name)}:
         other_years = ", ".join(sorted(other))
         hint = f"; there is {other_years}, but only the test labels of VOC2007 are public: give a folder that holds it"
+    both = [f"ImageSets/Main/{part}.txt" for part in ("trainval", "test")]
     for above in reversed(root.resolve().parents[:3]):
-        both = [f"ImageSets/Main/{part}.txt" for part in ("trainval", "test")]
         if all(len([*above.glob(one), *above.glob(usual + one), *above.glob(f"*/{usual}{one}")]) == 1 for one in both):
             hint = f"; give {above} instead, which has it"
     raise VOCError(f"{root / usual / name}: no such file{hint}")
