@@ -106,5 +106,5 @@ def reachable(text: str) -> str:
             raise ArgumentTypeError("the path is empty") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or what no file's name can hold
         reason = getattr(error, "strerror", None) or error
-        raise ArgumentTypeError(f"{text!r} cannot be a path: {reason}") from None
+        raise ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
     return text

@@ -93,6 +93,9 @@ def find_folder(root: Path, split: str) -> Path:
             raise VOCError(f"{split}.txt lies in {' and '.join(map(str, found))}; name one of them instead")
         if found:
             return found[0]
+    for folder in reversed((root / usual / name).parents):
+        if folder.is_relative_to(root) and os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise VOCError(f"{folder} cannot be listed: Permission denied; make it readable")
     hint = HINT
     years = [path.parent for place in ("", "VOC*/", "*/VOC*/", "*/VOCdevkit/VOC*/") for path in root.glob(f"{place}ImageSets")]
     if other := {str(folder) for folder in years if re.fullmatch("VOC20(?!07)..", folder.resolve().name)}:

@@ -1,6 +1,7 @@
 import hashlib
 import http.server
 import io
+import os
 import re
 import shutil
 import tarfile
@@ -94,6 +95,14 @@ WRONG = {
 def test_what_is_wrong_is_named(root, spoil, message):
     spoil(root)
     with pytest.raises(VOCError, match=message):
+        VOCSplit(root, "trainval", np.asarray)
+
+
+def test_a_folder_that_may_not_be_listed_is_named(root, monkeypatch):
+    closed = root / "VOCdevkit"
+    lists(root).rename(root / "away")  # no permission: what lies in it is not found
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
+    with pytest.raises(VOCError, match=rf"^{closed} cannot be listed: Permission denied; make it readable$"):
         VOCSplit(root, "trainval", np.asarray)
 
 
