@@ -37,7 +37,7 @@ from pcl.run import inputs, launch, options
 from pcl.run.logs import EpochLog, Meters, RunLog, TensorBoard, describe_machine, log, track, write_result
 from pcl.run.preflight import Plan, note_changes
 from pcl.run.probe import RESULTS, Head, Probe, check_other_run, first_difference, open_probe, places_of, save
-from pcl.run.probe_checks import check, labelled_images, names_in
+from pcl.run.probe_checks import check, labeled_images, names_in
 from pcl.terminal import leave_on_signals
 
 
@@ -143,7 +143,7 @@ def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
         report(model, args, val_set.classes)
         return
 
-    train_set = labelled_images(train_set, args, plan.seed)
+    train_set = labeled_images(train_set, args, plan.seed)
     inputs.check_same_images(train_root, train_set)
     labels = torch.from_numpy(train_set.labels).to(device)
     sampler = EpochSampler(train_set, plan.seed)

@@ -94,7 +94,7 @@ def open_splits(parser: cli.Parser, args: Namespace) -> list[Any]:
     """Training and test images; VOC2007 is fetched first if it is not there and --download is given."""
     view = center_view(args.image_size)
     if args.folder:
-        return [images.with_transform(view) for images in inputs.open_labelled(parser, args.data)]
+        return [images.with_transform(view) for images in inputs.open_labeled(parser, args.data)]
     try:
         return [voc.VOCSplit(args.data, split, view) for split in ("trainval", "test")]
     except voc.VOCError:

@@ -89,7 +89,7 @@ def main() -> None:
 def check(parser: cli.Parser, args: Namespace) -> Plan:
     """Stop on what cannot work, before a process is started or a file written; return what a run needs besides its options."""
     plan = preflight.check_launch(parser, args)
-    images = inputs.open_folder(parser, args.data, "train", labelled=False)
+    images = inputs.open_folder(parser, args.data, "train", labeled=False)
     plan = replace(plan, images=images.root, num_images=len(images))
     preflight.check_number(parser, args, plan)
     views = 2 * 3 * args.batch_size * args.image_size**2

@@ -162,7 +162,7 @@ def nearest_centroids(features: Array, centroids: Array, device: torch.device | 
     return torch.from_numpy(squared[:, 0]), torch.from_numpy(im2cluster[:, 0])
 
 
-def nearest_neighbours(known: Array, query: Array, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(known: Array, query: Array, k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The k largest inner products of each query (Q, C) with rows of `known` (N, C): (Q, k) float32, and row indices, int64."""
     known, query = _points(known=(known, "N C"), query=(query, "Q C"))
     index = _flat_index(known.shape[1], device, faiss.METRIC_INNER_PRODUCT)

@@ -29,7 +29,7 @@ def seed_everything(*key: int) -> None:
 
 
 def derive_seed(*key: int) -> int:
-    """A 32-bit seed for each tuple of non-negative integers, unrelated for neighbouring ones (NumPy's SeedSequence).
+    """A 32-bit seed for each tuple of non-negative integers, unrelated for neighboring ones (NumPy's SeedSequence).
 
     Of up to four numbers, zeros at the end do not count.
     """

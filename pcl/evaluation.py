@@ -28,8 +28,8 @@ from pcl.terminal import tell
 RESULTS = "results.json"
 MARK = '{\n  "command": "pcl.features"'  # how it begins
 WRITTEN = r"\.?((train|val)(\.npy|\.txt|_labels\.npy)|clusters_\d+\.csv|results\.json)(\.part)?"  # names in the folder
-KNN = {20: {"momentum": ", as in the paper"}, 200: {"backbone": ", as is usual"}}  # neighbours, and whose protocol it is
-TEMPERATURE = 0.1  # of the neighbours' weights
+KNN = {20: {"momentum": ", as in the paper"}, 200: {"backbone": ", as is usual"}}  # neighbors, and whose protocol it is
+TEMPERATURE = 0.1  # of the neighbors' weights
 STRENGTHS = [10.0**power for power in range(-5, 1)]  # of logistic regression on standardized features, scikit-learn's C
 FOLDS = 5
 
@@ -136,11 +136,11 @@ def evaluate(
             _write(out / f"{name}_labels.npy", images.labels)
     labels = {name: torch.from_numpy(images.labels) for name, images in splits.items() if images.classes}
     train, kind = features["train"], made["features"]
-    labelled = "train" in labels and len(labels["train"].unique()) > 1
-    if not labelled:
+    labeled = "train" in labels and len(labels["train"].unique()) > 1
+    if not labeled:
         tell("note: the training images have no labels, or all the same: no kNN, and no classes to compare clusters with")
     how = "val against train" if "val" in labels else "each image left out in turn"
-    for k in KNN if labelled else ():
+    for k in KNN if labeled else ():
         if "val" in labels:
             accuracy = knn_accuracy(train, labels["train"], features["val"], labels["val"], k, TEMPERATURE)
         else:
@@ -150,7 +150,7 @@ def evaluate(
     found = cluster_all(F.normalize(train, dim=1), num_clusters, TEMPERATURE) if num_clusters else []
     for k, clustering in zip(num_clusters, found, strict=True):
         _write(out / f"clusters_{k}.csv", cluster_table(clustering.im2cluster, splits["train"], data))
-        agreement = cluster_agreement(clustering.im2cluster.cpu(), labels["train"]) if labelled else {}
+        agreement = cluster_agreement(clustering.im2cluster.cpu(), labels["train"]) if labeled else {}
         values = [f"{name.upper() if len(name) == 3 else name} {value:.3f}" for name, value in agreement.items()]
         tell(f"{k} clusters: {'  '.join(values) or 'see the table'}")
         results.setdefault("clusters", {})[k] = agreement

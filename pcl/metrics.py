@@ -1,6 +1,6 @@
-"""Top-k, nearest-neighbour and one-shot accuracy, agreement of clusters and labels, average precision.
+"""Top-k, nearest-neighbor and one-shot accuracy, agreement of clusters and labels, average precision.
 
-Letters: B batch, N images with known labels, Q images to classify, C features, k neighbours. Features may have any length whose
+Letters: B batch, N images with known labels, Q images to classify, C features, k neighbors. Features may have any length whose
 square float32 holds; labels are any integers. An invalid argument raises a TypeError or ValueError that names it.
 """
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcl.checks import above_zero, integer, tensors
-from pcl.clustering import nearest_neighbours
+from pcl.clustering import nearest_neighbors
 
 
 def topk_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
@@ -25,15 +25,15 @@ def knn_accuracy(
 ) -> float:
     """Fraction of queries that a weighted vote of their k nearest known images classifies correctly.
 
-    Each neighbour votes for its label with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
+    Each neighbor votes for its label with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
     Args:
         known, known_label: (N, C) features and (N,) labels.
         query, label: (Q, C) features and (Q,) labels.
-        k: neighbours; all known images if there are fewer.
-        temperature: the smaller, the more the nearest neighbours count.
+        k: neighbors; all known images if there are fewer.
+        temperature: the smaller, the more the nearest neighbors count.
     """
-    return _vote_accuracy(_labelled(known, known_label, query, label), k, temperature)
+    return _vote_accuracy(_labeled(known, known_label, query, label), k, temperature)
 
 
 def leave_one_out_accuracy(
@@ -61,7 +61,7 @@ def one_shot_accuracy(
 
     Arguments as for `knn_accuracy`.
     """
-    known, known_label, query, label = _labelled(known, known_label, query, label)
+    known, known_label, query, label = _labeled(known, known_label, query, label)
     generator = torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64 - 1))
     classes = known_label.unique()
     members = [(known_label == c).nonzero()[:, 0] for c in classes]
@@ -74,7 +74,7 @@ def one_shot_accuracy(
     return float(torch.stack(accuracy).mean())
 
 
-def _labelled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) -> list[Tensor]:
+def _labeled(known: Tensor, known_label: Tensor, query: Tensor, label: Tensor) -> list[Tensor]:
     """The checked arguments on one device, with features of unit length."""
     result = tensors(known=(known, "N C"), known_label=(known_label, "int N"), query=(query, "Q C"), label=(label, "int Q"))
     for name, place in (("known", 0), ("query", 2)):
@@ -89,13 +89,13 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.detach().float(), dim=1, eps=1e-19)
 
 
-def _vote_accuracy(labelled: list[Tensor], k: int, temperature: float, itself: Tensor | None = None) -> float:
-    """`knn_accuracy` of what `_labelled` returns; `itself` (Q,) is each query's own row in `known`, which does not vote."""
-    known, known_label, query, label = labelled
+def _vote_accuracy(labeled: list[Tensor], k: int, temperature: float, itself: Tensor | None = None) -> float:
+    """`knn_accuracy` of what `_labeled` returns; `itself` (Q,) is each query's own row in `known`, which does not vote."""
+    known, known_label, query, label = labeled
     k, temperature = integer("k", k, 1), above_zero("temperature", temperature)
-    # One more neighbour, since an image is its own nearest one (or one of several equal ones).
+    # One more neighbor, since an image is its own nearest one (or one of several equal ones).
     count = min(k + (itself is not None), len(known))
-    cosine, near = nearest_neighbours(known, query, count, known.device)  # (Q, count)
+    cosine, near = nearest_neighbors(known, query, count, known.device)  # (Q, count)
     if itself is not None:
         own = near == itself[:, None]
         cosine[own] = -torch.inf
@@ -137,7 +137,7 @@ def cluster_agreement(im2cluster: Tensor | np.ndarray, label: Tensor | np.ndarra
 
 
 def _expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information of two random labellings with groups of sizes a and b (Vinh et al. 2010, equation 24a).
+    """Mutual information of two random labelings with groups of sizes a and b (Vinh et al. 2010, equation 24a).
 
     Takes one step for each pair of distinct sizes. scikit-learn's takes one for each pair of groups: hours for
     100,000 clusters and as many labels.

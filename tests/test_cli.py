@@ -110,9 +110,9 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("names", "below", "classes", "number"), SHAPES.values(), ids=SHAPES)
-def test_the_shape_of_a_folder_is_recognised(tmp_path, names, below, classes, number):
+def test_the_shape_of_a_folder_is_recognized(tmp_path, names, below, classes, number):
     write(tmp_path, *names)
-    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labeled=False)
     assert (images.root, images.classes, len(images)) == (tmp_path / below, classes, number)
 
 
@@ -122,7 +122,7 @@ def test_a_folder_may_be_named_by_a_link_or_from_where_one_stands(tmp_path, monk
     (tmp_path / "link" / "train").symlink_to(tmp_path / "real")
     assert inputs.open_folder(cli.Parser(""), tmp_path / "link", "train").root == tmp_path / "real"
     monkeypatch.chdir(tmp_path / "real")
-    images = inputs.open_folder(cli.Parser(""), Path("."), "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), Path("."), "train", labeled=False)
     assert (images.root, images.classes) == (tmp_path / "real", ["a", "b"])
 
 
@@ -176,11 +176,11 @@ MISSHAPEN = {
 }
 
 
-@pytest.mark.parametrize(("names", "below", "labelled", "message"), MISSHAPEN.values(), ids=MISSHAPEN)
-def test_a_folder_of_another_shape_is_one_line_with_its_remedy(tmp_path, capsys, names, below, labelled, message):
+@pytest.mark.parametrize(("names", "below", "labeled", "message"), MISSHAPEN.values(), ids=MISSHAPEN)
+def test_a_folder_of_another_shape_is_one_line_with_its_remedy(tmp_path, capsys, names, below, labeled, message):
     write(tmp_path, *names)
     with pytest.raises(SystemExit) as stop:
-        inputs.open_folder(cli.Parser(""), Path(f"{tmp_path}{below}"), "train", labelled)
+        inputs.open_folder(cli.Parser(""), Path(f"{tmp_path}{below}"), "train", labeled)
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert f"error: DIR {message.replace('{}', str(tmp_path))}" in err
@@ -236,7 +236,7 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
 
 def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
     (tmp_path / "caf\udce9.jpg").write_bytes(b"")
-    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labeled=False)
     args = skipping(tmp_path)
     with pytest.raises(SystemExit) as stop:
         inputs.leave_out_unreadable(cli.Parser(""), args, Place(), images)
@@ -252,7 +252,7 @@ def test_where_nothing_can_be_read_nothing_is_left_to_do(tmp_path, capsys):
 @pytest.mark.parametrize(("rank", "node", "tells"), [("0", 0, True), ("3", 0, False), (None, 1, False)])
 def test_of_several_processes_that_read_the_images_one_tells(tmp_path, capsys, monkeypatch, rank, node, tells):
     write(tmp_path, "1.png")
-    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labeled=False)
     if rank:
         for name, value in {"RANK": rank, "WORLD_SIZE": "8", "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, value)
@@ -268,7 +268,7 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
         time.sleep(0.1)
 
     write(tmp_path, "1.png")
-    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labelled=False)
+    images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labeled=False)
     monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(SystemExit) as stop:

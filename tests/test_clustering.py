@@ -5,7 +5,7 @@ import torch
 from conftest import GOLDEN, save_result
 
 from pcl import clustering
-from pcl.clustering import Clustering, assign_and_measure, cluster, cluster_all, concentration, nearest_neighbours
+from pcl.clustering import Clustering, assign_and_measure, cluster, cluster_all, concentration, nearest_neighbors
 from pcl.distributed import shared_map
 from pcl.metrics import cluster_agreement
 
@@ -192,9 +192,9 @@ WRONG = {
     "centroids of other columns": (lambda: clustering.nearest_centroids(X, X[:, :4]), "centroids"),
     "no centroid": (lambda: clustering.nearest_centroids(X, X[:0]), "centroids"),
     "centroids that are no numbers": (lambda: assign_and_measure(X, X / 0, 0.2), "centroids"),
-    "queries of other columns": (lambda: nearest_neighbours(X, X[:, :4], 1), "query"),
-    "more neighbours than rows": (lambda: nearest_neighbours(X, X, 21), "k"),
-    "no neighbour": (lambda: nearest_neighbours(X, X, 0), "k"),
+    "queries of other columns": (lambda: nearest_neighbors(X, X[:, :4], 1), "query"),
+    "more neighbors than rows": (lambda: nearest_neighbors(X, X, 21), "k"),
+    "no neighbor": (lambda: nearest_neighbors(X, X, 0), "k"),
     "alpha a word": (lambda: concentration([0.1, 0.2], [0, 1], 2, 0.2, alpha="ten"), "alpha"),
     "a distance too few": (lambda: concentration([0.1], [0, 1], 2, 0.2), "im2cluster"),
     "a cluster beyond K": (lambda: concentration([0.1, 0.2], [0, 2], 2, 0.2), "im2cluster"),
@@ -267,9 +267,9 @@ def test_clusterings_are_the_same_for_one_and_two_ranks(two_ranks):
             torch.testing.assert_close(result[f"concentration{j}"], expected.concentration)
 
 
-def test_nearest_neighbours_are_those_of_largest_inner_product():
+def test_nearest_neighbors_are_those_of_largest_inner_product():
     known, query = torch.randn(50, 6), torch.randn(9, 6)
-    product, row = nearest_neighbours(known, query.numpy(), 4)
+    product, row = nearest_neighbors(known, query.numpy(), 4)
     expected = (query @ known.T).topk(4, dim=1)
     assert torch.equal(row, expected.indices)
     torch.testing.assert_close(product, expected.values)

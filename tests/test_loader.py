@@ -536,7 +536,7 @@ def test_an_epoch_s_order_depends_on_the_seed(image_folder):
     assert list(EpochSampler(folder, seed=0)) == list(EpochSampler(folder, seed=0)) != list(EpochSampler(folder, seed=1))
 
 
-def test_random_numbers_of_neighbouring_keys_differ():
+def test_random_numbers_of_neighboring_keys_differ():
     drawn = set()
     for key in itertools.product(range(4), repeat=3):
         with random_numbers_of(*key):

@@ -36,14 +36,14 @@ def test_knn_is_the_weighted_vote():
     assert knn_accuracy(known, known_label, query, label, k=7, temperature=0.1) == hits / 40
 
 
-def test_knn_takes_more_neighbours_than_there_are():
+def test_knn_takes_more_neighbors_than_there_are():
     assert knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), k=50) == 1
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
 def test_leaving_one_out_is_a_vote_of_all_the_others(k):
     features, label = torch.randn(40, 5), torch.randint(4, (40,))
-    features[7] = features[3]  # two images alike: each is the other's nearest neighbour
+    features[7] = features[3]  # two images alike: each is the other's nearest neighbor
     hits = sum(
         knn_accuracy(features[others], label[others], features[i : i + 1], label[i : i + 1], k=k)
         for i, others in ((i, torch.arange(40) != i) for i in range(40))
@@ -86,7 +86,7 @@ WRONG = {
     "other columns": (lambda: knn_accuracy(X, LABEL, X[:, :3], LABEL), "query"),
     "nothing known": (lambda: knn_accuracy(X[:0], LABEL[:0], X, LABEL), "known"),
     "nothing asked": (lambda: knn_accuracy(X, LABEL, X[:0], LABEL[:0]), "query"),
-    "no neighbour": (lambda: knn_accuracy(X, LABEL, X, LABEL, k=0), "k"),
+    "no neighbor": (lambda: knn_accuracy(X, LABEL, X, LABEL, k=0), "k"),
     "temperature 0": (lambda: leave_one_out_accuracy(X, LABEL, temperature=0), "temperature"),
     "one image": (lambda: leave_one_out_accuracy(X[:1], LABEL[:1]), "features"),
     "no draw": (lambda: one_shot_accuracy(X, LABEL, X, LABEL, draws=0), "draws"),
@@ -206,7 +206,7 @@ def test_equal_clusterings_agree_entirely_also_where_each_image_is_one(count):
     assert found == pytest.approx({"nmi": 1, "ami": 1, "purity": 1})
 
 
-def test_neighbours_at_a_small_temperature_are_the_nearest_ones():
+def test_neighbors_at_a_small_temperature_are_the_nearest_ones():
     known, label = torch.randn(40, 8), torch.arange(40) % 4
     for temperature in (0.1, 0.01, 0.001):
         assert knn_accuracy(known, label, known, label, k=20, temperature=temperature) == 1.0

@@ -26,10 +26,10 @@ UNREADABLE = "unreadable.txt"
 LISTED = 20  # unreadable images that are shown; the file has all
 
 
-def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -> IndexedFolder:
+def open_folder(parser: Parser, data: Path, split: str, labeled: bool = True) -> IndexedFolder:
     """The images of data/split/<class>/, without a transform; stops if there are none.
 
-    Without `labelled`, they may also lie in data/split, and where there is no such folder, in data/<class>/ or in data itself.
+    Without `labeled`, they may also lie in data/split, and where there is no such folder, in data/<class>/ or in data itself.
     """
     if not data.is_dir():
         parser.error(f"DIR {data}: no such folder")
@@ -37,14 +37,14 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
         root = data / split
         if not root.is_dir():
             root = data
-            if (labelled or not list_folder(data).images) and (remedy := _remedy_for(data, split, labelled)):
+            if (labeled or not list_folder(data).images) and (remedy := _remedy_for(data, split, labeled)):
                 parser.error(f"DIR {data}: it has no folder {split}/{remedy}")
         images = IndexedFolder(root.resolve(), lambda image: image)
     except FileNotFoundError as error:
         parser.error(f"DIR {data}: {error}")
     except OSError as error:
         parser.error(f"DIR {data}: {error.filename} cannot be listed: {error.strerror}; make it readable, or move it away")
-    if labelled and not images.classes:
+    if labeled and not images.classes:
         remedy = f"put them into {root}/<class>/, which names their label"
         if Path(images.path(0)).name.startswith("ILSVRC2012_"):
             archives = f"ILSVRC2012_img_{split}.tar and ILSVRC2012_devkit_t12.tar.gz"
@@ -54,7 +54,7 @@ def open_folder(parser: Parser, data: Path, split: str, labelled: bool = True) -
     return images
 
 
-def open_labelled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFolder]:
+def open_labeled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFolder]:
     """The images of data/train/<class>/ and data/val/<class>/, without a transform; stops unless both have the same classes."""
     train, val = (open_folder(parser, data, split) for split in ("train", "val"))
     if train.classes != val.classes:
@@ -65,15 +65,15 @@ def open_labelled(parser: Parser, data: Path) -> tuple[IndexedFolder, IndexedFol
     return train, val
 
 
-def _remedy_for(data: Path, split: str, labelled: bool) -> str:
+def _remedy_for(data: Path, split: str, labeled: bool) -> str:
     """What to do about a folder without data/split; empty if its own folders will do as classes."""
     folders, _, others = list_folder(data)
     around = data.resolve().parent
-    other = around if labelled and (around / split).is_dir() else _nearest_with(split, folders)
+    other = around if labeled and (around / split).is_dir() else _nearest_with(split, folders)
     if other:
         return f", but {other} has; give that one"
-    if labelled or not folders or str(data / "val") in folders:
-        straight = "" if labelled else f", or straight into {data} if they have no labels"
+    if labeled or not folders or str(data / "val") in folders:
+        straight = "" if labeled else f", or straight into {data} if they have no labels"
         return f"; put the images into {data / split}/<class>/{straight}{tell_left_out(others)}"
     return ""
 

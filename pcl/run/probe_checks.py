@@ -33,7 +33,7 @@ def check(parser: Parser, args: Namespace) -> Plan:
     ):  # fmt: skip
         if wrong:
             raise RunError(message)
-    train, val = inputs.open_labelled(parser, args.data)
+    train, val = inputs.open_labeled(parser, args.data)
     check_images(args, plan, train, val)
     preflight.check_output(parser, args)
     for place in (RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"):
@@ -69,7 +69,7 @@ def check_images(args: Namespace, plan: Plan, train: IndexedFolder, val: Indexed
             kind = "image that can be read" if plan.unreadable else "image"
             place = args.data / split / images.classes[count.argmin()]
             raise RunError(f"DIR {args.data}: no {kind} in {place}{tell_left_out(list_folder(place).others)}")
-    each = len(labelled_images(train, args, complete=not plan.unreadable)) // plan.place.world
+    each = len(labeled_images(train, args, complete=not plan.unreadable)) // plan.place.world
     if each < 1 + args.finetune:
         option = f"--subset {args.subset}" if args.subset else f"--percent {args.percent:g}"
         few = "fewer than two images per process, which BatchNorm needs" if args.finetune else "fewer images than processes"
@@ -94,7 +94,7 @@ def names_in(path: Path) -> set[str]:
     return {line.strip() for line in text.splitlines()} - {""}
 
 
-def labelled_images(train: IndexedFolder, args: Namespace, seed: int = 0, complete: bool = False) -> IndexedFolder:
+def labeled_images(train: IndexedFolder, args: Namespace, seed: int = 0, complete: bool = False) -> IndexedFolder:
     """The training images whose labels are used: those that --subset names, or --percent of each class.
 
     RunError if a name is that of several images; if the folder is `complete`, also if it is that of none.
