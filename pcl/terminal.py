@@ -77,11 +77,20 @@ def leave_on_signals() -> Iterator[None]:
     for number in set(SIGNALS) - {signal.SIGINT}:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: leave_now(PREEMPTED))
+    sys.unraisablehook = _end_if_interrupted
     try:
         yield
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _end_if_interrupted(dropped: Any) -> None:
+    """Python drops what is raised while an object is deleted; a loader takes a while for that, so Ctrl-C may come then."""
+    if dropped.exc_type is KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        leave_now(INTERRUPTED)
+    sys.__unraisablehook__(dropped)
 
 
 def leave_now(code: int) -> NoReturn:

@@ -31,6 +31,30 @@ def test_what_is_printed_is_never_worth_a_run(tmp_path, streams):
     assert b"Error" not in ended.stderr
 
 
+INTERRUPTED = """
+import signal
+from pcl.terminal import leave_on_signals
+class Loader:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+class Damaged:
+    def __del__(self):
+        raise ValueError("told as ever")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with leave_on_signals():
+    damaged, loader = Damaged(), Loader()
+    del damaged
+    del loader
+    print("went on")
+"""
+
+
+def test_ctrl_c_while_an_object_is_deleted_ends_the_process():
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr.endswith("ValueError: told as ever\n\nstopped\n")
+
+
 def test_streams_that_another_has_set_are_left_alone(capsys):
     before = sys.stdout, sys.stderr
     terminal.open_streams()
