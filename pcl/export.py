@@ -46,7 +46,23 @@ WRITERS: dict[str, Callable[[Weights, BinaryIO], Any]] = {
     **{".pth": torch.save, ".pt": torch.save, ".pkl": write_detectron2},
     ".safetensors": lambda weights, file: file.write(safetensors.torch.save(weights, {"format": "pt"})),
 }
-WRITERS[""] = WRITERS[".safetensors"]  # into a folder
+
+
+def write_folder(out: Path, arch: str, weights: Weights, size: int) -> None:
+    """Write a folder for timm and Hugging Face, whole or not at all, of a network that was trained at `size` pixels."""
+    pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
+    pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
+    features = len(weights["layer4.0.downsample.0.weight"])
+    config = {"architecture": arch, "num_classes": 0, "num_features": features, "pretrained_cfg": pretrained}
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
+    part.mkdir()
+    try:
+        write_whole(part / "model.safetensors", lambda file: WRITERS[".safetensors"](weights, file))
+        write_whole(part / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def get_parser() -> cli.Parser:
@@ -69,7 +85,7 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
         RunError: a checkpoint, an ending or an architecture that cannot be exported so; a full disk.
     """
     out = Path(out)
-    if out.suffix not in WRITERS or out.name.startswith("."):
+    if out.suffix not in (*WRITERS, "") or out.name.startswith("."):
         raise CheckpointError(f"{out}: give a name with the extension .pth, .safetensors or .pkl, or none for timm's folder")
     if out.exists() or not out.parent.is_dir():
         raise CheckpointError(f"{out}: exists already, or its folder does not; name another file")
@@ -79,24 +95,11 @@ def export(checkpoint: str | Path, out: str | Path, arch: str | None = None) -> 
     if out.suffix in (".pkl", "") and (small or not takes_small_stem(arch)):
         stem = " with --small-stem" if small else ""
         raise CheckpointError(f"{out}: timm and detectron2 have no {arch}{stem} of these names; write .pth or .safetensors")
-    file = out
-    if not out.suffix:
-        file, size = out / "model.safetensors", trained_at(checkpoint) or 224
-        out.mkdir()
-        features = len(weights["layer4.0.downsample.0.weight"])
-        pretrained = {"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 0.875, "mean": MEAN, "std": STD}
-        pretrained |= {"num_classes": 0, "first_conv": "conv1", "classifier": "fc"}
-        config = {"architecture": arch, "num_classes": 0, "num_features": features, "pretrained_cfg": pretrained}
-    try:
-        write_whole(file, lambda opened: WRITERS[out.suffix](weights, opened))
-        if not out.suffix:
-            write_whole(out / "config.json", lambda opened: opened.write(json.dumps(config, indent=2).encode()))
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)  # half a folder would be in the way of the same command
-        raise
     lines = [f"{out}: {arch} without its fc. To load it:"]
     if not out.suffix:
+        write_folder(out, arch, weights, trained_at(checkpoint) or 224)
         return [*lines, f"  network = timm.create_model({f'local-dir:{out.resolve()}'!r}, pretrained=True)"]
+    write_whole(out, lambda file: WRITERS[out.suffix](weights, file))
     if out.suffix == ".pkl":
         pixels = "MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]"  # MEAN and STD of 0..255
         depth, channels = re.findall(r"\d+", arch)[0], weights["layer2.0.conv1.weight"].shape[1]

@@ -117,8 +117,10 @@ def test_a_folder_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypat
         patch.setattr(export, "write_whole", full)
         with pytest.raises(RunError, match="no space"):
             export.export(checkpoint[0], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / ".out.part").mkdir()  # a command was killed
     export.export(checkpoint[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
