@@ -125,10 +125,10 @@ def evaluate(
     `data`.
     """
     results: dict[str, Any] = {"command": "pcl.features", **made, "classes": splits["train"].classes}
+    _write(out / RESULTS, json.dumps(results, indent=2))  # first: by it `claim` knows the folder of a killed run
     for path in out.iterdir():
-        if re.fullmatch(WRITTEN, path.name):
+        if re.fullmatch(WRITTEN, path.name) and path.name != RESULTS:
             path.unlink()
-    _write(out / RESULTS, json.dumps(results, indent=2))
     for name, images in splits.items():
         _write(out / f"{name}.npy", features[name].cpu().numpy())
         _write(out / f"{name}.txt", "".join(f"{file}\n" for file in images.names(data)))

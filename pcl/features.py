@@ -161,6 +161,9 @@ def main() -> None:
         if 12 * args.batch_size * size**2 > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise RunError(f"--image-size {size}: no memory holds {args.batch_size} such images; lower it, or --batch-size")
         splits = open_splits(args.data, center_view(size))
+        for images in splits.values():
+            if images.classes and args.out.resolve().parent == images.root.resolve():
+                raise RunError(f"--out {args.out} lies among the classes of {images.root} and would be one; name another")
         check(splits, args.num_cluster, args.logistic)
         for images in splits.values():
             for line in images.layout_notes():

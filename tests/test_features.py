@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +218,33 @@ def test_earlier_results_are_replaced_with_a_word_and_other_files_never(whole, p
     error_of(capsys, pretrained, six_classes, "--out", tmp_path / "arrays", *SMALL)
     assert (tmp_path / "arrays" / "train.npy").read_bytes() == b"mine"
     assert "name another" in error_of(capsys, pretrained, six_classes, "--out", pretrained, *SMALL)
+
+
+def test_results_are_not_a_class_of_the_next_run(pretrained, tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos"
+    for name in ("a", "b"):
+        (photos / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(photos / name / "0.png")
+    monkeypatch.chdir(photos)
+    told = error_of(capsys, pretrained, ".", *SMALL)
+    assert told.endswith("--out features lies among the classes of . and would be one; name another")
+    assert sorted(path.name for path in photos.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_of_a_killed_run_is_its_own(pretrained, six_classes, tmp_path, monkeypatch):
+    def killed(path):
+        os.remove(path)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    run_script(features, pretrained, six_classes, "--out", out, *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        patch.setattr(Path, "iterdir", lambda folder: [folder / "results.json", folder / "train.npy"])
+        with pytest.raises(KeyboardInterrupt):
+            run_script(features, pretrained, six_classes, "--out", out, *SMALL)
+    with evaluation.claim(out):
+        pass
 
 
 def test_two_runs_into_one_folder_exclude_each_other(pretrained, six_classes, tmp_path, capsys):
