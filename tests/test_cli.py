@@ -226,6 +226,8 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, capsys):
     assert last == "  and 9 more; unreadable.txt beside the checkpoints will name all"
     inputs.keep_unreadable(tmp_path, unreadable)
     text = (tmp_path / "unreadable.txt").read_text().splitlines()
+    inputs.keep_unreadable(tmp_path, {})  # they were mended, and the run goes on
+    assert not (tmp_path / "unreadable.txt").exists()
     assert [line.split("\t")[0] for line in text] == list(unreadable)
     assert text[-1].split("\t")[1] == "no such file (removed meanwhile, or a broken link)"
 

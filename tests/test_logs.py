@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pcl.errors import RunError
 from pcl.run import logs
-from pcl.run.logs import EpochLog, Meters, RunLog, log, show, write_result
+from pcl.run.logs import EpochLog, Meters, RunLog, TensorBoard, log, show, write_result
 
 
 def test_meters_are_means():
@@ -110,6 +110,20 @@ def test_the_time_that_a_loader_needs_is_told_apart(tmp_path):
     board = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in board.Scalars("lr")] == [(4, 0.5)]
     assert {"data_seconds", "compute_seconds", "images_per_second"} <= set(board.Tags()["scalars"])
+
+
+def test_a_full_disk_costs_curves_and_no_run(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    board = TensorBoard(tmp_path / "board")
+    monkeypatch.setattr("tensorboard_logger.Logger._write_event", full)
+    board.write(0, loss=1.0)
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path}/board cannot be written (No space left on device); the run goes on\n"
+    )
+    with pytest.raises(RunError, match=r"^\S+/new cannot be written: No space left on device$"):
+        TensorBoard(tmp_path / "new")
 
 
 def test_only_the_main_process_speaks_and_writes(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pcl.checkpoint import CheckpointError, load_backbone
+from pcl.checkpoint import CheckpointError, load_backbone, write_whole
 from pcl.cli import Parser
 from pcl.distributed import available_cores, equal_on_all_ranks, is_main
 from pcl.errors import INTERRUPTED, RunError
@@ -131,10 +131,12 @@ def describe_files(*folders: IndexedFolder) -> str:
 
 
 def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
-    """Write the list of images that are left out into the experiment's folder, a path and the reason in each line."""
+    """Write the list of images that are left out, if any, into the experiment's folder, a path and the reason in each line."""
+    if is_main():
+        (folder / UNREADABLE).unlink(missing_ok=True)
     if is_main() and unreadable:
-        lines = [f"{path}\t{reason}\n" for path, reason in unreadable.items()]
-        (folder / UNREADABLE).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+        lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable.items())
+        write_whole(folder / UNREADABLE, lambda file: file.write(lines.encode("utf-8", "surrogateescape")))
 
 
 def check_same_images(folder: Path, images: IndexedFolder | None) -> None:

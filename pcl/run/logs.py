@@ -152,30 +152,37 @@ class TensorBoard:
     """Scalars and histograms by epoch for TensorBoard, in `folder`, from the main process."""
 
     def __init__(self, folder: Path) -> None:
-        self._logger = None
+        self._logger, self._folder = None, folder
         if is_main():
             # Its messages were generated for an old protobuf, which the newer one's Python version still takes.
             os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
             from tensorboard_logger import Logger  # slow to import
 
-            folder.mkdir(parents=True, exist_ok=True)
-            # The package names its file by the second, which two runs may share: it is made apart, then moved in.
-            with tempfile.TemporaryDirectory(dir=folder) as apart:
-                self._logger = Logger(apart)
-                (made,) = Path(apart).iterdir()
-                made.rename(folder / f"{made.name}.{uuid.uuid4().hex[:8]}")
+            Logger.__del__ = lambda _: None  # its file closes by itself, on a full disk without a traceback
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # The package names its file by the second, which two runs may share: it is made apart, then moved in.
+                with tempfile.TemporaryDirectory(dir=folder) as apart:
+                    self._logger = Logger(apart)
+                    (made,) = Path(apart).iterdir()
+                    made.rename(folder / f"{made.name}.{uuid.uuid4().hex[:8]}")
+            except OSError as error:
+                raise RunError(f"{folder} cannot be written: {error.strerror}") from error
 
     def write(self, epoch: int, **values: float) -> None:
         """Add a point to the curve of each value."""
-        if self._logger:
-            for name, value in values.items():
-                self._logger.log_value(name, value, epoch)
+        self._log("log_value", epoch, values)
 
     def histogram(self, epoch: int, **values: np.ndarray) -> None:
         """Add a histogram of each array, of at least one number."""
-        if self._logger:
-            for name, numbers in values.items():
-                self._logger.log_histogram(name, numbers, epoch)
+        self._log("log_histogram", epoch, values)
+
+    def _log(self, method: str, epoch: int, values: dict[str, Any]) -> None:
+        try:
+            for name, value in values.items() if self._logger else ():
+                getattr(self._logger, method)(name, value, epoch)
+        except OSError as error:  # a lost point must not fail a run
+            log(f"warning: {self._folder} cannot be written ({error.strerror}); the run goes on")
 
 
 def track(items: Any, label: str, total: int | None = None) -> Iterator:
