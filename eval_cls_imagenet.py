@@ -145,6 +145,8 @@ def probe(device: torch.device, args: Namespace, plan: Plan) -> None:
 
     train_set = labeled_images(train_set, args, plan.seed)
     inputs.check_same_images(train_root, train_set)
+    if len(train_set) < plan.num_images:
+        log(f"labels: those of {len(train_set)} training images")
     labels = torch.from_numpy(train_set.labels).to(device)
     sampler = EpochSampler(train_set, plan.seed)
     lone = args.finetune and len(sampler) % plan.batch == 1  # a last batch of one image, which BatchNorm cannot take

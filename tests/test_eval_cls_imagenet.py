@@ -189,6 +189,9 @@ def test_several_learning_rates_go_on_where_each_was_stopped(alone_and_together,
     script(*common, "--resume", "auto", "--evaluate")
     told = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
     assert [line.split(": ")[0] for line in told] == ["lr 0.03", "lr 3"]
+    with pytest.raises(SystemExit):  # the head of another rate would be one for a ResNet-50
+        script(six_classes, "--random-init", "--lr", "0.03,3,1", "--id", "both", "--resume", "auto")
+    assert "lr_0.03/checkpoint.pth.tar holds a shufflenet_v2_x0_5, not a resnet50; give --arch" in capsys.readouterr().err
     for more in (["--lr", "3"], ["--lr", "3", "--evaluate"]):
         with pytest.raises(SystemExit) as stop:
             script(*common, "--resume", "auto", *more)
@@ -349,6 +352,17 @@ def test_a_probe_that_goes_on_with_other_options_says_so_and_does(six_classes, f
     script(six_classes, "--resume", finished, "--evaluate", *changed.split())
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == ["note: --image-size 24, before 32"]
+
+
+@pytest.mark.slow
+def test_another_list_of_images_is_noticed(six_classes, pretrained, tmp_path, capsys):
+    options = [six_classes, "--pretrained", pretrained, "--subset", "list.txt", "--id", "few"]
+    (tmp_path / "list.txt").write_text("class 0/0.png\nclass 1/0.png\n")
+    script(*options, "--epochs", 1)
+    assert "labels: those of 2 training images\n" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("class 0/0.png\nclass 2/0.png\n")
+    script(*options, "--resume", "auto")
+    assert "note: files 2 images" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -602,6 +616,17 @@ WRONG = {
     "nothing to evaluate, and no weights": (None, "-e", "--evaluate: name the finished probe with --resume"),
     "nothing to evaluate": (None, "{weights} -e", "--evaluate: name the finished probe with --resume"),
     "another run": (None, "{weights} --id taken", "--id taken: Linear_eval/taken holds another run"),
+    "another run of pixels": (None, "--pixels --id taken", "Linear_eval/taken holds another run; name another\n"),
+    "the folder as output": (
+        None,
+        "{weights} --output Linear_eval/linear",
+        "--output Linear_eval/linear is what the run itself",
+    ),
+    "the best as output": (
+        None,
+        "{weights} --lr 1,2 --output Linear_eval/linear/lr_2/model_best.pth.tar",
+        "lr_2/model_best.pth.tar is what the run itself writes",
+    ),
     "a percentage of 0": (None, "{weights} --percent 0", "--percent: '0' is not a number above 0, at most 100"),
     "two learning rates to fine-tune": (None, "{weights} --finetune --lr 1,2", "--lr: --finetune trains one network"),
     "pixels to fine-tune": (None, "--pixels --finetune", "--finetune: --pixels has no weights to train"),

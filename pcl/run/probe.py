@@ -74,6 +74,9 @@ def open_probe(args: Namespace, classes: list[str]) -> Probe:
         nn.init.zeros_(layer.bias)
     loaded = {path: _load(path, args, classes) for path in paths if path}
     for i, (path, (network, _, state)) in enumerate(loaded.items()):
+        if not all(paths) and source["arch"] != state["arch"]:  # new heads would not fit
+            held = f"{path} holds a {state['arch']}, not a {source['arch']}"
+            raise checkpoint.CheckpointError(f"--resume: {held}; give --arch as before")
         frozen = not state.get("finetune")
         if frozen and (i or args.pretrained) and (changed := first_difference(network, backbone.state_dict())):
             given = "--pretrained" if args.pretrained else next(iter(loaded))
@@ -137,7 +140,8 @@ def check_other_run(args: Namespace) -> None:
     folder = RESULTS / args.id
     goes_on = args.resume and (args.resume == "auto" or Path(args.resume).resolve() == (folder / LAST).resolve())
     if not (goes_on or args.evaluate) and folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
-        raise RunError(f"--id {args.id}: {folder} holds another run; name another, or go on with it (--resume auto)")
+        remedy = "" if args.pixels else ", or go on with it (--resume auto)"
+        raise RunError(f"--id {args.id}: {folder} holds another run; name another{remedy}")
     if args.resume == "auto" and ((folder / LAST).exists() if len(args.lr) > 1 else [*folder.glob("lr_*")]):
         held = "one learning rate" if len(args.lr) > 1 else "several learning rates"
         raise RunError(f"--lr: {folder} holds a probe of {held}; give --lr as before, or name another --id")

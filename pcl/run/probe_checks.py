@@ -13,13 +13,15 @@ from pcl.images import encoding_of, list_folder, tell_left_out
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, preflight
 from pcl.run.preflight import Plan
-from pcl.run.probe import RESULTS, check_other_run, open_probe
+from pcl.run.probe import BEST, LAST, RESULTS, check_other_run, open_probe, places_of
 
 
 def check(parser: Parser, args: Namespace) -> Plan:
     """Stop on what cannot work, before a process is started or a file written; return what a run needs besides its options."""
     plan = preflight.check_launch(parser, args)
     several = len(args.lr) > 1
+    own = [RESULTS / args.id, RESULTS / f"{args.id}_tensorboard"]
+    own += [folder / name for _, folder, _ in places_of(args) for name in (LAST, BEST)]
     for wrong, message in (
         (args.evaluate and not args.resume, "--evaluate: name the finished probe with --resume"),
         (args.pixels and args.resume, "--resume: a probe of --pixels cannot be resumed; leave it out, and take a new --id"),
@@ -29,6 +31,8 @@ def check(parser: Parser, args: Namespace) -> Plan:
         (several and args.resume not in (None, "auto"),
          f"--lr: {args.resume} holds one classifier; give one rate or --resume auto"),
         (args.subset and args.percent < 100, "--percent: --subset has chosen the images; leave one of them out"),
+        (args.output and args.output.resolve() in [path.resolve() for path in own],
+         f"--output {args.output} is what the run itself writes; name another file"),
         (args.finetune and plan.batch < 2, "--batch-size: BatchNorm needs two images of each process in a step; raise it"),
     ):  # fmt: skip
         if wrong:
@@ -56,9 +60,10 @@ def check(parser: Parser, args: Namespace) -> Plan:
         _, unreadable = inputs.leave_out_unreadable(parser, args, plan.place, val)
         return replace(plan, unreadable=unreadable)
     (train, val), unreadable = inputs.leave_out_unreadable(parser, args, plan.place, train, val)
-    plan = replace(plan, unreadable=unreadable, num_images=len(train), files=inputs.describe_files(train, val))
+    plan = replace(plan, unreadable=unreadable, num_images=len(train))
     check_images(args, plan, train, val)
-    return plan
+    used = labeled_images(train, args) if args.subset else train  # --percent and --seed are compared themselves
+    return replace(plan, files=inputs.describe_files(used, val))
 
 
 def check_images(args: Namespace, plan: Plan, train: IndexedFolder, val: IndexedFolder) -> None:
