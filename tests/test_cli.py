@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from pcl.distributed import get_rank
 from pcl.errors import RunError
 from pcl.loader import IndexedFolder
 from pcl.run import inputs, options, preflight
+from pcl.run.logs import write_result
 from pcl.run.options import learning_rate_factor
 from pcl.run.preflight import check_launch
 from pcl.run.rendezvous import Place, place_of
@@ -273,6 +275,7 @@ def test_ctrl_c_while_images_are_read_is_one_line(tmp_path, capsys, monkeypatch)
     images = inputs.open_folder(cli.Parser(""), tmp_path, "train", labeled=False)
     monkeypatch.setattr(inputs, "why_unreadable", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    gc.collect()  # of objects that are deleted meanwhile, one might take the signal
     with pytest.raises(SystemExit) as stop:
         inputs.leave_out_unreadable(cli.Parser(""), skipping(tmp_path), Place(), images)
     signal.signal(signal.SIGINT, before)
@@ -346,22 +349,26 @@ def test_a_result_that_cannot_be_written_is_told_before_the_work(tmp_path, capsy
     (tmp_path / "old.json").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "old.json")  # root may write everywhere
     with pytest.raises(SystemExit):
-        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json", pretrained=None))
+        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "old.json"))
     assert capsys.readouterr().err.endswith(f"--output: no permission to write {tmp_path}/old.json; name another file\n")
-    (tmp_path / "link.json").symlink_to("old.json")
+    write_result(tmp_path / "earlier.json", {})
+    preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "earlier.json"))
+    torch.save({}, tmp_path / "c.pth.tar")  # the checkpoint itself, or another
+    (tmp_path / "link.json").symlink_to("c.pth.tar")
     with pytest.raises(SystemExit):
-        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "link.json", pretrained=tmp_path / "old.json"))
-    assert capsys.readouterr().err.endswith(f"--output {tmp_path}/link.json is the checkpoint itself; name another file\n")
+        preflight.check_output(cli.Parser(""), Namespace(output=tmp_path / "link.json"))
+    told = f"--output {tmp_path}/link.json exists and holds no results; name another file\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_a_result_that_a_broken_link_would_lose_is_told_before_the_work(tmp_path, capsys):
     link = tmp_path / "link.json"
     link.symlink_to(tmp_path / "result.json")
-    preflight.check_output(cli.Parser(""), Namespace(output=link, pretrained=None))
+    preflight.check_output(cli.Parser(""), Namespace(output=link))
     link.unlink()
     link.symlink_to(tmp_path / "gone" / "result.json")
     with pytest.raises(SystemExit):
-        preflight.check_output(cli.Parser(""), Namespace(output=link, pretrained=None))
+        preflight.check_output(cli.Parser(""), Namespace(output=link))
     assert capsys.readouterr().err.endswith(f"--output {link}: a broken link; name another file\n")
 
 

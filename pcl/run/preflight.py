@@ -119,15 +119,14 @@ def check_output(parser: Parser, args: Namespace) -> None:
     """Stop if the result could not be written after all the work."""
     if not args.output:
         return
-    target, given = args.output.resolve(), (args.pretrained, getattr(args, "resume", None))
-    if target in [Path(path).resolve() for path in given if path]:
-        parser.error(f"--output {args.output} is the checkpoint itself; name another file")
-    if args.output.is_symlink() and not target.parent.is_dir():
+    if args.output.is_symlink() and not args.output.resolve().parent.is_dir():
         parser.error(f"--output {args.output}: a broken link; name another file")
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output.exists() and not os.access(args.output, os.W_OK):
         parser.error(f"--output: no permission to write {args.output}; name another file")
+    if args.output.is_file() and args.output.read_bytes()[:1] not in (b"", b"{"):  # a checkpoint, say
+        parser.error(f"--output {args.output} exists and holds no results; name another file")
     check_folder(parser, "--output", args.output.parent)
 
 
