@@ -103,7 +103,7 @@ def read_log(path: Path) -> tuple[dict[str, Any], Epochs]:
     arguments: dict[str, Any] = {}
     epochs: Epochs = {}
     for line in path.read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):  # cut off where the machine stopped
+        with suppress(json.JSONDecodeError, AttributeError):  # cut off where the machine stopped
             record = json.loads(line)
             arguments = dict(record.get("args", arguments))
             if "epoch" in record and "step" not in record:
@@ -128,7 +128,7 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     folder = arguments.get("images", "")
     with suppress(OSError):
         images = IndexedFolder(folder, lambda image: image, skip=arguments.get("unreadable", {}))
-        if len(images) == len(last["labels"]):
+        if len(images) == len(last["labels"]) and images.names() == last.get("files", images.names()):
             return images
     tell(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
     return None

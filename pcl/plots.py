@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -32,6 +33,7 @@ LINES: list[dict[str, Any]] = [{"color": COLORS[i % 10], "marker": MARKERS[i % 1
 GRAY = "#D0D0D0"  # of the background
 
 Epochs = dict[int, dict[str, float]]  # the metrics of each epoch
+warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # boxes stand for what matplotlib's font lacks
 default_style = partial(matplotlib.rc_context, matplotlib.rcParamsDefault)  # a context without the user's settings
 
 
@@ -87,30 +89,34 @@ def seconds(epochs: Epochs) -> Figure:
     parts |= {"kmeans": "E-step: k-means", "monitor": "monitor"}
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    finished = {epoch + 1: metrics for epoch, metrics in epochs.items() if "seconds" in metrics}
-    taken = [np.array([metrics.get(f"{name}_seconds", 0) for metrics in finished.values()]) for name in parts]
-    everything, bottom = max(np.sum(taken), 1e-9), np.zeros(len(finished))
+    finished = {epoch: metrics for epoch, metrics in epochs.items() if "seconds" in metrics}
+    span = range(min(finished), max(finished) + 1)
+    taken = [np.array([finished.get(epoch, {}).get(f"{name}_seconds", 0) for epoch in span]) for name in parts]
+    edges, everything, bottom = np.arange(span.start, span.stop + 1) + 0.5, max(np.sum(taken), 1e-9), np.zeros(len(span))
     for name, values, color, hatch in zip(parts.values(), taken, COLORS, ["", "//", "", "..", "xx"], strict=False):
         look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        axes.bar(list(finished), values, 0.9, bottom, label=f"{name} ({100 * values.sum() / everything:.1f} %)", **look)
-        bottom += values
+        label = f"{name} ({100 * values.sum() / everything:.1f} %)"
+        axes.stairs(bottom + values, edges, baseline=bottom, fill=True, label=label, **look)
+        bottom = bottom + values
     title, top = "Time of each epoch (share of the whole run)", 1.45 * max(bottom.max(), 1e-9)
     axes.set(title=title, xlabel="epoch", ylabel="seconds", ylim=(0, top))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(ncols=2, fontsize=8, loc="upper left")
     return figure
 
 
 def plain(text: str, longest: int = 24) -> str:
     """Text for matplotlib, which takes dollars for formulas, hides labels that begin with _, and shows no lone surrogates."""
-    text = text[:longest].encode("utf-8", "replace").decode()
+    if len(text) > longest:  # names of files differ at the end, of folders at the start
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
+    text = text.encode("utf-8", "replace").decode()
     return (" " * text.startswith("_") + text).replace("$", r"\$")
 
 
 def concentration_against_size(last: dict[str, Any]) -> Figure:
     """Each cluster's concentration by its number of images, one panel per granularity."""
     granularities = last["granularities"]
-    figure = Figure(figsize=(1 + 4 * len(granularities), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(7, 1 + 4 * len(granularities)), 4.5), layout="constrained")
     rows = "rows of dots at top and bottom: clipped, as published, to the 10th and 90th percentile"
     figure.suptitle(f"Concentration and size of the clusters before epoch {last['epoch'] + 1}\n({rows})", fontsize=11)
     (grid,) = figure.subplots(1, len(granularities), sharey=True, squeeze=False)

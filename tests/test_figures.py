@@ -91,7 +91,7 @@ def test_every_picture_is_written_and_shows_something(six_classes, tmp_path):
 def test_curves_are_those_of_the_log(six_classes, tmp_path):
     exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), [3])
     with (exp_dir / "log.jsonl").open("a") as file:  # the run was resumed, did epoch 3 again, and was cut off
-        file.write(json.dumps({"epoch": 2, "loss_instance": 2.5}) + '\n{"epoch": 3, "loss_inst')
+        file.write(json.dumps({"epoch": 2, "loss_instance": 2.5}) + '\n12\nnull\n{"epoch": 3, "loss_inst')
     arguments, epochs = figures.read_log(exp_dir / "log.jsonl")
     losses, _, knn, agreement, rate = figures.training_curves(epochs, arguments).axes  # nothing is known of changes
     (instance,) = [line for line in losses.lines if line.get_label() == "InfoNCE"]
@@ -108,6 +108,44 @@ def test_an_e_step_that_was_kept_before_it_held_names_is_drawn(six_classes, tmp_
     del last["files"]
     torch.save(last, exp_dir / "e_step.pth.tar")
     assert {"tsne.png", "concentration.png", "prototypes_3.png"} <= {path.name for path in figures.draw(exp_dir)}
+
+
+def test_prototypes_of_other_images_are_not_drawn(six_classes, tmp_path, capsys):
+    root = shutil.copytree(six_classes / "train", tmp_path / "train")
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(root, None), [3])
+    first, last = (sorted((root / name).iterdir())[0] for name in ("class 0", "class 5"))
+    first.rename(last.with_name("another.png"))  # as many images as before
+    assert not [path for path in figures.draw(exp_dir) if "prototypes" in path.name]
+    assert f"the images of {root} are no longer those of the run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("epochs", "ticks"), [(range(7, 8), [7, 8, 9]), (range(1000), None)])
+def test_the_time_of_each_epoch_is_drawn_without_gaps(epochs, ticks):
+    values = {"seconds": 3.0, "compute_seconds": 2.0, "data_seconds": 1.0}
+    (axes,) = plots.seconds(dict.fromkeys(epochs, values)).axes
+    computing, waiting, *_ = axes.patches
+    assert len(axes.patches) == 5
+    assert computing.get_data().values.tolist() == [2.0] * len(epochs)
+    assert waiting.get_data().values.tolist() == [3.0] * len(epochs)
+    assert waiting.get_data().edges.tolist() == [epoch + 0.5 for epoch in (*epochs, epochs.stop)]
+    if ticks:
+        assert axes.get_xticks().tolist() == ticks
+
+
+@pytest.mark.parametrize("num_clusters", [[3], [3, 5, 8]])
+def test_the_title_of_the_concentrations_is_whole(six_classes, tmp_path, num_clusters):
+    exp_dir = run_folder(tmp_path / "run", IndexedFolder(six_classes / "train", None), num_clusters)
+    figure = plots.concentration_against_size(figures.checkpoint.load(exp_dir / "e_step.pth.tar"))
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 > 0
+    assert title.x1 < figure.bbox.x1
+
+
+def test_long_names_that_differ_at_either_end_stay_apart():
+    names = [f"{a}{'x' * 40}{b}" for a in "12" for b in "12"]
+    assert len({plots.plain(name) for name in names}) == 4
+    assert plots.plain("short") == "short"
 
 
 def test_a_row_holds_the_nearest_images_of_a_prototype(six_classes, tmp_path):
