@@ -18,10 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pcl and the scripts
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import main_pcl
 from pcl.augment import center_view
 from pcl.checkpoint import LAST_E_STEP, load, load_backbone
 from pcl.cli import Parser, positive
@@ -32,10 +34,10 @@ from pcl.figures import DPI, draw, nearest_images
 from pcl.loader import IndexedFolder, make_loader
 from pcl.metrics import cluster_agreement, knn_accuracy, one_shot_accuracy
 from pcl.networks import backbone
-from pcl.run.inputs import open_folder
+from pcl.run.inputs import open_labeled
 from pcl.run.logs import track
 from pcl.samples import write_image_folder, write_voc
-from pcl.terminal import leave_on_signals
+from pcl.terminal import SIGNALS, leave_on_signals
 from resnet8 import RESNET8, register
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,11 +63,14 @@ def main() -> None:
     parser = get_parser()
     args, options = parser.parse_known_args()
     data, size = args.data or args.out / "images", args.image_size
+    chosen = main_pcl.get_parser().parse_args([".", *SETTINGS.split(), *options])
+    if chosen.arch != RESNET8 or chosen.small_stem:
+        parser.error("--arch, --small-stem: the demo compares ResNet-8s; train other networks with main_pcl.py")
     if not args.data:
         write_image_folder(data)
-    known, query = (open_folder(parser, data, split) for split in ("train", "val"))
-    if known.classes != query.classes or len(known.classes) < 2:
-        parser.error(f"--data {data}: train/ and val/ need the same class folders, two at least")
+    known, query = open_labeled(parser, data)
+    if any(len(np.unique(images.labels)) < len(images.classes) for images in (known, query)):
+        parser.error(f"--data {data}: a class folder holds no image; remove it from train/ and val/")
 
     run = args.out / time.strftime("run_%Y%m%d_%H%M%S")
     start = time.monotonic()
@@ -178,5 +183,8 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 if __name__ == "__main__":
     with leave_on_signals():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
-        main()
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
+        with get_parser().telling(1):
+            main()

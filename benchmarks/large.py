@@ -38,6 +38,7 @@ from pcl.figures import DPI
 from pcl.plots import COLORS, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
+from pcl.terminal import SIGNALS
 from replicate import (
     BASELINES,
     MAIN,
@@ -85,6 +86,7 @@ def get_parser() -> Parser:
 def main() -> int:
     parser = get_parser()
     args, args.extra = parser.parse_known_args()
+    main_pcl.get_parser().parse_args([".", *args.extra])
     register()
     base = ROOT / "replication" / args.dataset
     args.work = (args.work or base / PLAN.folder).resolve()
@@ -93,7 +95,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.report:
         if not args.data and not (base / args.dataset).is_dir():
-            download(args.dataset, base / args.dataset)
+            with parser.telling(1):
+                download(args.dataset, base / args.dataset)
         args.data = (args.data or base / args.dataset).resolve()
         for split in ("train", "val"):
             open_folder(parser, args.data, split)
@@ -121,7 +124,9 @@ def checkpoint_of(run: Run, epochs: int, args: argparse.Namespace) -> Path:
 
 def train_all(args: argparse.Namespace) -> int:
     """Both methods in turns, the seeds one after the other."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # `train` ends what it has started
     runs = trained_runs(args)
     settings = settings_of(runs[-1], args)  # of PCL
     stops = [*range(settings.save_freq, settings.epochs, settings.save_freq), settings.epochs]

@@ -196,6 +196,7 @@ def get_parser() -> Parser:
 def main() -> int:
     parser = get_parser()
     args, args.extra = parser.parse_known_args()
+    main_pcl.get_parser().parse_args([".", *args.extra])
     plan = SECOND if args.dataset == "fashion" and not args.data else FULL
     plan = QUICK if args.quick else GPU if args.gpu_run else TINY if args.resnet8 else plan
     plan = replace(plan, probe=not args.no_probe)
@@ -238,7 +239,8 @@ def prepare(parser: Parser, plan: Plan, args: Namespace, fetched: Path) -> None:
     if not args.data:
         args.data = fetched
         if not args.data.is_dir():
-            write_image_folder(args.data) if args.quick else download(args.dataset, args.data)
+            with parser.telling(1):
+                write_image_folder(args.data) if args.quick else download(args.dataset, args.data)
     folders = [open_folder(parser, args.data, split) for split in ("train", "val")]
     if folders[0].classes != folders[1].classes or len(folders[0].classes) < 5:
         parser.error(f"--data {args.data}: train/ and val/ need the same class folders, five at least")
@@ -249,6 +251,7 @@ def prepare(parser: Parser, plan: Plan, args: Namespace, fetched: Path) -> None:
             parser.error(f"--work {args.work} holds {source.read_text()}; name another folder")
         return
     generator = np.random.default_rng(0)
+    names = {Path(folder.path(i)): name for folder in folders for i, name in enumerate(folder.names())}
     for label, name in enumerate(folders[0].classes):
         train, test = ([Path(folder.path(i)) for i in np.flatnonzero(folder.labels == label)] for folder in folders)
         drawn, test = generator.permutation(train), test[: plan.test_images]
@@ -259,7 +262,7 @@ def prepare(parser: Parser, plan: Plan, args: Namespace, fetched: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             for file in files:
-                (folder / "_".join(file.parts[len(args.data.parts) + 2 :])).symlink_to(file.resolve())
+                (folder / names[file].partition("/")[2].replace("/", "_")).symlink_to(file.resolve())
     earlier = args.work / "earlier"
     for result in results_in(args.out).values():
         earlier.mkdir(exist_ok=True)
@@ -412,7 +415,7 @@ def work_off(plan: Plan, args: Namespace, command: Callable[[Run], list[str]]) -
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     for number, handler in before.items():
         signal.signal(number, interrupt if handler is not signal.SIG_IGN else handler)  # nohup ignores one
     try:

@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,26 @@ def test_the_demo_runs_on_a_folder_of_one_s_own(six_classes, tmp_path, monkeypat
     for row, name in zip(rows, ("raw pixels", "random backbone", "PCL backbone"), strict=True):
         assert row.startswith(name)
         assert len(row.split()) == 2 + 10
+
+
+WRONG = {
+    "another network": ("-a resnet18", "--arch, --small-stem: the demo compares ResNet-8s"),
+    "an option that there is not": ("--nonsense", "unrecognized arguments: --nonsense"),
+    "an empty class": ("", "a class folder holds no image; remove it from train/ and val/"),
+}
+
+
+@pytest.mark.parametrize(("options", "told"), WRONG.values(), ids=WRONG)
+def test_what_cannot_work_is_told_before_the_training(six_classes, tmp_path, monkeypatch, capsys, options, told):
+    root = shutil.copytree(six_classes, tmp_path / "six")
+    for split in ("train", "val"):
+        (root / split / "empty").mkdir()
+    monkeypatch.setattr(demo, "pretrain", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data", str(root), "--out", str(tmp_path / "out"), *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        demo.main()
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_demo_that_is_stopped_ends_its_training(tmp_path, monkeypatch):

@@ -322,3 +322,16 @@ def test_the_resnet8_has_runs_of_its_own(six_classes, tmp_path, monkeypatch):
         replicate.prepare(replicate.get_parser(), replicate.FULL, args, tmp_path)
     with pytest.raises(SystemExit):
         replicate.prepare(replicate.get_parser(), replicate.TINY, args, tmp_path)
+
+
+def test_images_behind_a_link_have_the_same_names(six_classes, tmp_path):
+    (tmp_path / "a/b/c/d/e/f/g/h").mkdir(parents=True)
+    (tmp_path / "a/b/c/d/e/f/g/h/link").symlink_to(six_classes)
+    found = []
+    for number, data in enumerate((six_classes, tmp_path / "a/b/c/d/e/f/g/h/link")):
+        work = tmp_path / f"work {number}"
+        work.mkdir()
+        replicate.prepare(replicate.get_parser(), replicate.FULL, Namespace(data=data, work=work, out=work), tmp_path)
+        found.append(sorted((str(path.relative_to(work)), path.resolve()) for path in work.rglob("*.png")))
+    assert found[0] == found[1]
+    assert found[0]
