@@ -242,8 +242,8 @@ def prepare(parser: Parser, plan: Plan, args: Namespace, fetched: Path) -> None:
             with parser.telling(1):
                 write_image_folder(args.data) if args.quick else download(args.dataset, args.data)
     folders = [open_folder(parser, args.data, split) for split in ("train", "val")]
-    if folders[0].classes != folders[1].classes or len(folders[0].classes) < 5:
-        parser.error(f"--data {args.data}: train/ and val/ need the same class folders, five at least")
+    if any(f.classes != folders[0].classes or len(np.unique(f.labels)) < max(5, len(f.classes)) for f in folders):
+        parser.error(f"--data {args.data}: train/ and val/ need the same class folders, five at least, with images in each")
     wanted = f"{args.data.resolve()}, {plan.images or 'all'} images of each class"
     wanted += "" if plan.arch == ARCH else f", {plan.arch}"
     if source.exists():

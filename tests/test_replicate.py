@@ -3,6 +3,7 @@ import gzip
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -335,3 +336,12 @@ def test_images_behind_a_link_have_the_same_names(six_classes, tmp_path):
         found.append(sorted((str(path.relative_to(work)), path.resolve()) for path in work.rglob("*.png")))
     assert found[0] == found[1]
     assert found[0]
+
+
+def test_a_class_without_an_image_is_told_before_the_work(six_classes, tmp_path, capsys):
+    root = shutil.copytree(six_classes, tmp_path / "six")
+    for split in ("train", "val"):
+        (root / split / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        replicate.prepare(replicate.get_parser(), replicate.FULL, Namespace(data=root, work=tmp_path, out=tmp_path), tmp_path)
+    assert "the same class folders, five at least, with images in each" in capsys.readouterr().err
