@@ -178,6 +178,7 @@ OTHER = {
         (None, "--cost|1,1", "--cost"),
         (None, "--cost|1,,2", "--cost"),
         (None, "--output|..", "--output"),
+        (None, "--output|../file", "--output"),
         (None, "--output|../dangling/x", "--output"),
     ],
 }
@@ -595,7 +596,7 @@ def test_what_is_spoilt_there_starts_as_it_is(module, tree):
     further = {
         main_pcl: ["--resume ../ckpt/run.pth", "--resume ../ckpt/middle.pth", "--resume auto --exp-dir ../mixed"],
         eval_cls_imagenet: ["--resume ../ckpt/probe.pth"],
-        eval_svm_voc: ["--output ../file"],
+        eval_svm_voc: ["--output ../taken/log.jsonl"],
     }
     for options in further[module]:
         line = [GOOD[module][0], *VALID[module].replace("|", "").split(), *options.split()]
