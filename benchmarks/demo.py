@@ -37,7 +37,7 @@ from pcl.networks import backbone
 from pcl.run.inputs import open_labeled
 from pcl.run.logs import track
 from pcl.samples import write_image_folder, write_voc
-from pcl.terminal import SIGNALS, leave_on_signals
+from pcl.terminal import SIGNALS, handle, leave_on_signals
 from resnet8 import RESNET8, register
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,8 +183,6 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 if __name__ == "__main__":
     with leave_on_signals():
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
+        handle(SIGNALS, signal.default_int_handler)  # as Ctrl-C, so that what was started is ended too
         with get_parser().telling(1):
             main()

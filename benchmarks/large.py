@@ -38,7 +38,7 @@ from pcl.figures import DPI
 from pcl.plots import COLORS, MARKERS
 from pcl.run.inputs import open_folder
 from pcl.run.logs import describe_machine, versions
-from pcl.terminal import SIGNALS
+from pcl.terminal import SIGNALS, handle
 from replicate import (
     BASELINES,
     MAIN,
@@ -124,9 +124,7 @@ def checkpoint_of(run: Run, epochs: int, args: argparse.Namespace) -> Path:
 
 def train_all(args: argparse.Namespace) -> int:
     """Both methods in turns, the seeds one after the other."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # `train` ends what it has started
+    handle(SIGNALS, lambda number, _: sys.exit(128 + number))  # `train` ends what it has started
     runs = trained_runs(args)
     settings = settings_of(runs[-1], args)  # of PCL
     stops = [*range(settings.save_freq, settings.epochs, settings.save_freq), settings.epochs]

@@ -128,7 +128,7 @@ def training_images(arguments: dict[str, Any], last: dict[str, Any]) -> IndexedF
     folder = arguments.get("images", "")
     with suppress(OSError):
         images = IndexedFolder(folder, lambda image: image, skip=arguments.get("unreadable", {}))
-        if len(images) == len(last["labels"]) and images.names() == last.get("files", images.names()):
+        if len(images) == len(last["labels"]) and last.get("files") in (None, images.names()):
             return images
     tell(f"the images of {folder} are no longer those of the run: no picture of the prototypes")
     return None

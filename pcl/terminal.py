@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker, util
 from typing import Any, NoReturn, TextIO
@@ -70,13 +70,18 @@ def warn(message: str) -> None:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+def handle(signals: Iterable[int], handler: Callable[[int, Any], Any]) -> None:
+    """Set the handler of these signals, except of those that are ignored, as under nohup or in a shell's background job."""
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @contextmanager
 def leave_on_signals() -> Iterator[None]:
     """Where a script begins. As long as no process is watched, a signal ends it at once, with its own code."""
     open_streams()
-    for number in set(SIGNALS) - {signal.SIGINT}:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: leave_now(PREEMPTED))
+    handle(set(SIGNALS) - {signal.SIGINT}, lambda *_: leave_now(PREEMPTED))
     sys.unraisablehook = _end_if_interrupted
     try:
         yield

@@ -132,11 +132,11 @@ def describe_files(*folders: IndexedFolder) -> str:
 
 def keep_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
     """Write the list of images that are left out, if any, into the experiment's folder, a path and the reason in each line."""
-    if is_main():
+    lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable.items()).encode("utf-8", "surrogateescape")
+    if is_main() and lines:
+        write_whole(folder / UNREADABLE, lambda file: file.write(lines))
+    elif is_main():
         (folder / UNREADABLE).unlink(missing_ok=True)
-    if is_main() and unreadable:
-        lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable.items())
-        write_whole(folder / UNREADABLE, lambda file: file.write(lines.encode("utf-8", "surrogateescape")))
 
 
 def check_same_images(folder: Path, images: IndexedFolder | None) -> None:

@@ -125,8 +125,10 @@ def check_output(parser: Parser, args: Namespace) -> None:
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output.exists() and not os.access(args.output, os.W_OK):
         parser.error(f"--output: no permission to write {args.output}; name another file")
-    if args.output.is_file() and args.output.read_bytes()[:1] not in (b"", b"{"):  # a checkpoint, say
-        parser.error(f"--output {args.output} exists and holds no results; name another file")
+    if args.output.is_file():
+        with args.output.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):  # a checkpoint, say
+                parser.error(f"--output {args.output} exists and holds no results; name another file")
     check_folder(parser, "--output", args.output.parent)
 
 

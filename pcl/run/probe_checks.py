@@ -61,24 +61,29 @@ def check(parser: Parser, args: Namespace) -> Plan:
         return replace(plan, unreadable=unreadable)
     (train, val), unreadable = inputs.leave_out_unreadable(parser, args, plan.place, train, val)
     plan = replace(plan, unreadable=unreadable, num_images=len(train))
-    check_images(args, plan, train, val)
-    used = labeled_images(train, args) if args.subset else train  # --percent and --seed are compared themselves
+    labeled = check_images(args, plan, train, val)
+    used = labeled if args.subset else train  # --percent and --seed are compared themselves
     return replace(plan, files=inputs.describe_files(used, val))
 
 
-def check_images(args: Namespace, plan: Plan, train: IndexedFolder, val: IndexedFolder) -> None:
-    """RunError if a class has no image, or a process has none (to fine-tune: one, which leaves BatchNorm no spread)."""
+def check_images(args: Namespace, plan: Plan, train: IndexedFolder, val: IndexedFolder) -> IndexedFolder:
+    """RunError if a class has no image, or a process has none (to fine-tune: one, which leaves BatchNorm no spread).
+
+    Returns the training images whose labels are used, drawn with another seed than the run's.
+    """
     for images, split in ((train, "train"), (val, "val")):
         count = np.bincount(images.labels, minlength=len(images.classes))
         if count.min() == 0:
             kind = "image that can be read" if plan.unreadable else "image"
             place = args.data / split / images.classes[count.argmin()]
             raise RunError(f"DIR {args.data}: no {kind} in {place}{tell_left_out(list_folder(place).others)}")
-    each = len(labeled_images(train, args, complete=not plan.unreadable)) // plan.place.world
+    labeled = labeled_images(train, args, complete=not plan.unreadable)
+    each = len(labeled) // plan.place.world
     if each < 1 + args.finetune:
         option = f"--subset {args.subset}" if args.subset else f"--percent {args.percent:g}"
         few = "fewer than two images per process, which BatchNorm needs" if args.finetune else "fewer images than processes"
         raise RunError(f"{option}: {few}; choose more, or lower --nproc")
+    return labeled
 
 
 def label_subset(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
